@@ -1,0 +1,1 @@
+"""The cache. Pure: no I/O, nothing here awaits."""

@@ -1,0 +1,332 @@
+"""Settings: one TOML file into frozen structs, and where PocketBase is and who we are to it.
+
+Precedence, from strongest to weakest: what the caller passes, the environment, the TOML file, the defaults.
+The URL is looked up by itself; credentials are taken together from the first source that holds any, so that
+a token in the environment never overrules the password that a caller passed.
+
+Knows nothing of HTTP or Parlant. Secrets live in `Secret` only: they have no readable `repr` and are never
+part of a message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pb_cached.errors import ConfigError
+
+CONFIG_VARIABLE: Final = "PB_CACHED_CONFIG"
+URL_VARIABLE: Final = "POCKETBASE_URL"
+TOKEN_VARIABLE: Final = "POCKETBASE_ADMIN_TOKEN"
+EMAIL_VARIABLE: Final = "POCKETBASE_ADMIN_EMAIL"
+PASSWORD_VARIABLE: Final = "POCKETBASE_ADMIN_PASSWORD"
+
+MIB: Final = 1024 * 1024
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Prefix = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,99}$")]
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the TOML file."""
+
+
+class PocketBaseSettings(Section, frozen=True):
+    """`[pocketbase]`: where it is, how to sign in, how to talk to it."""
+
+    url: str | None = None
+    """Such as `http://127.0.0.1:8090`. Without one, anywhere, `open_stores` starts the embedded server."""
+    admin_email: str | None = None
+    admin_password_file: str | None = None
+    """A file that holds the password and nothing else."""
+    admin_token_file: str | None = None
+    """A file that holds a superuser's token and nothing else."""
+    data_dir: str = "pocketbase-data"
+    """Where the embedded server keeps its data."""
+    manage_settings: bool = True
+    """May we switch PocketBase's batch API on where it is off?"""
+    max_connections: Annotated[int, Meta(ge=1, le=1000)] = 8
+    """httpx gets slower, not faster, with more of them: its pool is scanned for every request."""
+    connect_timeout: Seconds = 5.0
+    request_timeout: Seconds = 30.0
+    retry_for: Seconds = 30.0
+    """How long a request that is safe to repeat is repeated."""
+
+
+class StoreSettings(Section, frozen=True):
+    """`[stores]`: Parlant's three stores."""
+
+    session_prefix: Prefix = "parlant_sessions"
+    customer_prefix: Prefix = "parlant_customers"
+    variable_prefix: Prefix = "parlant_context_variables"
+    customer_ids: Literal["unique", "stable"] = "unique"
+    """`stable`: Parlant's own, derived from the content, which repeat after a restart."""
+    migrate: bool = False
+    """May opening a store bring documents of older Parlant versions up to date?"""
+
+
+class WriteSettings(Section, frozen=True):
+    """`[writes]`: group commit."""
+
+    max_commit_records: Annotated[int, Meta(ge=1, le=5000)] = 200
+    """Above about 200, throughput stays the same and only latency grows."""
+    max_commit_bytes: Annotated[int, Meta(ge=1024, le=64 * MIB)] = 4 * MIB
+    """A commit blocks all other writers of the PocketBase while it runs."""
+    max_document_bytes: Annotated[int, Meta(ge=1024, le=20 * MIB)] = 16 * MIB
+    """A document beyond it is refused before anything is sent. PocketBase's own bound for one request
+    inside a batch lies between 24 and 28 MiB."""
+    deadline: Seconds = 30.0
+    """How long a write is tried before its caller gets an error."""
+    close_timeout: Seconds = 30.0
+    """How long closing waits for writes that are queued."""
+    log_retention: Annotated[float, Meta(ge=60, le=30 * 86_400)] = 3600.0
+    """Seconds that the record of a commit is kept, the proof that it happened."""
+
+
+class LoggingSettings(Section, frozen=True):
+    """`[logging]`: used where the caller passes no logger."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+class Config(Section, frozen=True):
+    """Everything that can be set. `Config()` is the default; `Config.load()` reads a TOML file."""
+
+    pocketbase: PocketBaseSettings = PocketBaseSettings()
+    stores: StoreSettings = StoreSettings()
+    writes: WriteSettings = WriteSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None) -> Config:
+        """Read `path`, or the file that `PB_CACHED_CONFIG` names, or return the defaults.
+
+        Relative paths inside the file are taken from the file's own folder.
+
+        Raises:
+            ConfigError: the file is missing, is not TOML, or holds an unknown key, a wrong type or an
+                impossible value.
+        """
+        source = path if path is not None else os.environ.get(CONFIG_VARIABLE) or None
+        if source is None:
+            return cls()
+        file = Path(source)
+        try:
+            table = tomllib.loads(file.read_text("utf-8"))
+        except FileNotFoundError:
+            asked = "" if path is not None else f" (named by {CONFIG_VARIABLE})"
+            raise ConfigError(f"{file}{asked}: there is no such file; expected a TOML configuration") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file}: is not valid TOML: {error}") from error
+        _refuse_secrets(table, file)
+        try:
+            config = msgspec.convert(table, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{file}: {_explained(str(error))}") from error
+        return msgspec.structs.replace(config, pocketbase=_anchored(config.pocketbase, file, table))
+
+
+class Secret:
+    """A string that must not be seen. `reveal()` gives it to the one place that sends it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class Credentials(Struct, frozen=True):
+    """How to sign in: a token, or an email and a password."""
+
+    token: Secret | None = None
+    email: str | None = None
+    password: Secret | None = None
+
+
+class Address(Struct, frozen=True):
+    """A PocketBase, and who we are to it."""
+
+    url: str
+    credentials: Credentials
+
+
+def find_url(config: Config, params: Mapping[str, Any] | None = None) -> str | None:
+    """The configured URL without its trailing slash, or None where no source names one."""
+    _check_params(params)
+    for source, url in (
+        ("connection_params['url']", (params or {}).get("url")),
+        (URL_VARIABLE, os.environ.get(URL_VARIABLE)),
+        ("pocketbase.url", config.pocketbase.url),
+    ):
+        if url:
+            return _checked_url(str(url), source)
+    return None
+
+
+def environment_is_silent() -> bool:
+    """True where no `POCKETBASE_*` variable of ours is set: the embedded server may be started."""
+    return not any(
+        os.environ.get(name) for name in (URL_VARIABLE, TOKEN_VARIABLE, EMAIL_VARIABLE, PASSWORD_VARIABLE)
+    )
+
+
+def find_address(config: Config, params: Mapping[str, Any] | None = None) -> Address:
+    """Where PocketBase is and how to sign in.
+
+    Raises:
+        ConfigError: no source names a URL, or none holds complete credentials.
+    """
+    url = find_url(config, params)
+    if url is None:
+        raise ConfigError(
+            f"no PocketBase URL: pass connection_params={{'url': ...}}, or set {URL_VARIABLE}, "
+            "or set url under [pocketbase] in the configuration file"
+        )
+    given, settings = params or {}, config.pocketbase
+    sources = (
+        (
+            "connection_params",
+            ("admin_token", "admin_email", "admin_password"),
+            (given.get("admin_token"), given.get("admin_email"), given.get("admin_password")),
+        ),
+        (
+            "the environment",
+            (TOKEN_VARIABLE, EMAIL_VARIABLE, PASSWORD_VARIABLE),
+            tuple(os.environ.get(name) for name in (TOKEN_VARIABLE, EMAIL_VARIABLE, PASSWORD_VARIABLE)),
+        ),
+        (
+            "[pocketbase]",
+            ("admin_token_file", "admin_email", "admin_password_file"),
+            (
+                _secret_file(settings.admin_token_file, "admin_token_file"),
+                settings.admin_email,
+                _secret_file(settings.admin_password_file, "admin_password_file"),
+            ),
+        ),
+    )
+    email: str | None = None
+    for source, names, (token, named_email, password) in sources:
+        email = named_email or email  # the email is no secret: TOML may name it, the environment the password
+        if token:
+            return Address(url, Credentials(token=Secret(str(token))))
+        if password:
+            email = email or settings.admin_email
+            if not email:
+                raise ConfigError(f"{source} holds {names[2]} but no email: set {names[1]} too")
+            return Address(url, Credentials(email=str(email), password=Secret(str(password))))
+    if email:
+        raise ConfigError(
+            f"an admin email is configured but no password: set {PASSWORD_VARIABLE}, "
+            "or admin_password_file under [pocketbase]"
+        )
+    raise ConfigError(
+        f"no credentials for PocketBase at {url}: set {TOKEN_VARIABLE}, or {EMAIL_VARIABLE} and "
+        f"{PASSWORD_VARIABLE}, or pass them in connection_params"
+    )
+
+
+_PARAMS: Final = ("url", "admin_token", "admin_email", "admin_password")
+
+
+def _check_params(params: Mapping[str, Any] | None) -> None:
+    for name, value in (params or {}).items():
+        if name not in _PARAMS:
+            raise ConfigError(
+                f"connection_params: unknown key '{name}'{_near(str(name), _PARAMS)}; "
+                f"expected some of {', '.join(_PARAMS)}"
+            )
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"connection_params: '{name}' must be a string, not {type(value).__name__}")
+
+
+def _checked_url(url: str, source: str) -> str:
+    parts = urlsplit(url.strip())
+    if parts.username or parts.password:
+        raise ConfigError(f"{source}: must not hold a user name or password")  # and is not repeated here
+    try:
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is no number
+        sound = False
+    if not sound or parts.query or parts.fragment:
+        raise ConfigError(f"{source}: expected a URL such as http://127.0.0.1:8090, got '{url}'")
+    return url.strip().rstrip("/")
+
+
+def _secret_file(path: str | None, key: str) -> str | None:
+    if path is None:
+        return None
+    try:
+        secret = Path(path).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"pocketbase.{key}: {path} cannot be read: {type(error).__name__}") from error
+    if not secret:
+        raise ConfigError(f"pocketbase.{key}: {path} is empty; expected the secret and nothing else")
+    return secret
+
+
+def _refuse_secrets(table: Mapping[str, Any], file: Path) -> None:
+    """A secret in the TOML file gets a message of its own, which says where it belongs."""
+    section = table.get("pocketbase")
+    for key in ("admin_token", "admin_password"):
+        if isinstance(section, dict) and key in section:
+            raise ConfigError(
+                f"{file}: pocketbase.{key}: secrets do not belong in this file; "
+                f"use POCKETBASE_{key.upper()} or name a file with {key}_file"
+            )
+
+
+def _anchored(settings: PocketBaseSettings, file: Path, table: Mapping[str, Any]) -> PocketBaseSettings:
+    written = table.get("pocketbase", {})
+    paths = ("data_dir", "admin_password_file", "admin_token_file")
+    return msgspec.structs.replace(
+        settings,
+        **{key: str(file.parent / Path(written[key]).expanduser()) for key in paths if key in written},
+    )
+
+
+def _explained(problem: str) -> str:
+    """msgspec's `... - at `$.a.b`` turned around: the key first, then what is wrong with it."""
+    text, _, place = problem.partition(" - at `$")
+    key = place.rstrip("`").lstrip(".")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text):
+        known = _known_keys(key)
+        name = f"{key}.{unknown[1]}" if key else unknown[1]
+        return f"unknown key '{name}'{_near(unknown[1], known)}; expected some of {', '.join(known)}"
+    text = text[:1].lower() + text[1:].replace("`", "'")
+    return f"{key}: {text}" if key else text
+
+
+def _known_keys(section: str) -> tuple[str, ...]:
+    owner: type[Struct] = Config
+    if section:
+        owner = next(f.type for f in msgspec.structs.fields(Config) if f.name == section)
+    return tuple(f.name for f in msgspec.structs.fields(owner))
+
+
+def _near(name: str, known: tuple[str, ...]) -> str:
+    match = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{match[0]}'?)" if match else ""

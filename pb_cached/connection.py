@@ -1,0 +1,133 @@
+"""What all databases of one event loop share per PocketBase: the HTTP client, the sign-in, the dialect, and one
+committer for each log.
+
+A connection opens with its first database and closes with its last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import httpx
+import msgspec
+
+from pb_cached.config import Address, Config
+from pb_cached.pocketbase.client import PocketBaseClient, http_client
+from pb_cached.pocketbase.commit import BatchPath, CommitPath, SinglePath
+from pb_cached.pocketbase.dialect import Dialect, probe
+from pb_cached.pocketbase.schema import SchemaEditor, log_collection
+from pb_cached.telemetry import Log
+from pb_cached.writes import Committer
+
+
+class Connection:
+    """One PocketBase, as one event loop sees it.
+
+    Mutable state: `_committers`, one per log, each made by the first database that asks for it.
+    """
+
+    def __init__(self, client: PocketBaseClient, dialect: Dialect, config: Config, log: Log) -> None:
+        self.client = client
+        self.dialect = dialect
+        self.schema = SchemaEditor(client, dialect, log)
+        self._config = config
+        self._log = log
+        self._server = secrets.token_hex(6)
+        self._committers: dict[str, asyncio.Task[Committer]] = {}
+
+    async def committer(self, prefix: str) -> Committer:
+        """The committer of a database's log, which is created with the first one."""
+        if prefix not in self._committers or _has_failed(self._committers[prefix]):
+            self._committers[prefix] = asyncio.create_task(self._new_committer(prefix))
+        return await asyncio.shield(self._committers[prefix])
+
+    async def _new_committer(self, prefix: str) -> Committer:
+        path: CommitPath = SinglePath(self.client)
+        if self.dialect.batch is not None:
+            spec = log_collection(prefix)
+            await self.schema.ensure(spec)
+            path = BatchPath(self.client, self.dialect, spec.name, self._server)
+        committer = Committer(path, self._config.writes, self._log)
+        await committer.trim()
+        return committer
+
+    async def close(self) -> None:
+        """Drain all committers. Raises what the first of them raises, after all have been tried."""
+        ready = [task.result() for task in self._committers.values() if task.done() and not _has_failed(task)]
+        outcomes = await asyncio.gather(*(committer.close() for committer in ready), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+
+class _Shared:
+    """A connection and how many databases use it."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.opening = asyncio.Lock()
+        self.connection: Connection | None = None
+        self.own_http: httpx.AsyncClient | None = None
+
+
+_shared: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, _Shared]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@asynccontextmanager
+async def connection_to(
+    address: Address, config: Config, http: httpx.AsyncClient | None, log: Log
+) -> AsyncIterator[Connection]:
+    """The connection to a PocketBase, shared by all who use the same address, settings and HTTP client.
+
+    Args:
+        http: used as it is, and never closed. Without one, the connection has its own.
+
+    Raises:
+        PocketBaseUnavailable, AuthenticationFailed, RequestRejected: it cannot be opened.
+    """
+    connections = _shared.setdefault(asyncio.get_running_loop(), {})
+    key = (address, config.pocketbase, config.writes, id(http) if http else None)
+    shared = connections.setdefault(key, _Shared())
+    shared.users += 1
+    try:
+        # One opens, the others wait. One who is cancelled or fails leaves it to the next.
+        async with shared.opening:
+            if shared.connection is None:
+                if http is None and shared.own_http is None:
+                    shared.own_http = http_client(config.pocketbase)
+                shared.connection = await _open(address, config, http or shared.own_http, log)
+        yield shared.connection
+    finally:
+        shared.users -= 1
+        if shared.users == 0:
+            del connections[key]
+            try:
+                if shared.connection is not None:
+                    await shared.connection.close()
+            finally:
+                if shared.own_http is not None:
+                    await shared.own_http.aclose()
+
+
+async def _open(address: Address, config: Config, http: httpx.AsyncClient | None, log: Log) -> Connection:
+    assert http is not None
+    client = PocketBaseClient(http, address, config.pocketbase, log)
+    dialect = await probe(
+        client,
+        max_requests=config.writes.max_commit_records + 2,  # the log's record, and a write of two operations
+        manage=config.pocketbase.manage_settings,
+        log=log,
+    )
+    log.debug("connected", url=address.url, **msgspec.structs.asdict(dialect))
+    return Connection(client, dialect, config, log)
+
+
+def _has_failed(task: asyncio.Task[Committer]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

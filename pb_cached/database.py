@@ -1,0 +1,503 @@
+"""Parlant's `DocumentDatabase` and `DocumentCollection` on PocketBase: the one place where reading meets writing.
+
+Semantics are those of Parlant's in-memory database (facts: parlant, section 5, last column): order by
+`creation_utc` and `id`, exact totals, cursors, "first inserted" wins, shallow merge, upsert. PocketBase narrows
+by filter, the compiled predicate decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Generic, Self, cast
+
+import httpx
+from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
+from parlant.core.persistence.document_database import (
+    BaseDocument,
+    CollectionIndex,
+    CollectionSort,
+    DeleteResult,
+    DocumentCollection,
+    DocumentDatabase,
+    FindResult,
+    InsertResult,
+    TDocument,
+    UpdateResult,
+)
+
+from pb_cached.cache.predicate import Predicate, compile_where
+from pb_cached.config import Config, find_address
+from pb_cached.connection import Connection, connection_to
+from pb_cached.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    InvalidFilter,
+    PBCachedError,
+    RecordNotFound,
+    SchemaError,
+)
+from pb_cached.migrations import Failures, Migration
+from pb_cached.pocketbase.codec import Json, RecordCodec, Row
+from pb_cached.pocketbase.commit import Operation
+from pb_cached.pocketbase.filters import FilterWriter
+from pb_cached.pocketbase.ids import new_id
+from pb_cached.pocketbase.records import RecordReader
+from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, Kind, document_collection
+from pb_cached.telemetry import log_through
+from pb_cached.writes import Committer
+
+DEFAULT_PREFIX: Final = "parlant"
+
+_ATTEMPTS: Final = 20
+"""How often an update looks for another match when the one it found was deleted in between."""
+
+
+class PocketBaseDocumentDatabase(DocumentDatabase):
+    """A Parlant document database whose collections are PocketBase collections called `{prefix}_{name}`.
+
+    Databases of one event loop that speak with the same PocketBase share its connection and its queue.
+
+    Args:
+        logger: Parlant's, structlog's or the standard library's; None for our own.
+        connection_params: `url` and `admin_token`, or `url`, `admin_email` and `admin_password`. Without it,
+            `POCKETBASE_URL`, `POCKETBASE_ADMIN_TOKEN`, or `POCKETBASE_ADMIN_EMAIL` with
+            `POCKETBASE_ADMIN_PASSWORD`, then the configuration file.
+        collection_prefix: one per Parlant store, as each of them opens a collection called `metadata`.
+        http_client: used as it is, and never closed.
+        config: a `Config`, or None for the file that `PB_CACHED_CONFIG` names, or the defaults.
+
+    Raises:
+        ConfigError: no URL or no credentials are configured.
+    """
+
+    def __init__(
+        self,
+        logger: Any = None,
+        connection_params: Mapping[str, Any] | None = None,
+        *,
+        collection_prefix: str | None = None,
+        http_client: httpx.AsyncClient | None = None,
+        config: Config | None = None,
+    ) -> None:
+        self._config = config if config is not None else Config.load()
+        self._address = find_address(self._config, connection_params)
+        self._prefix = collection_prefix or DEFAULT_PREFIX
+        self._http = http_client
+        self._log = log_through(logger, self._config.logging)
+        self._exit_stack = AsyncExitStack()
+        self._connection: Connection | None = None
+        self._committer: Committer | None = None
+        self._opening = asyncio.Lock()
+        self._collections: dict[str, PocketBaseDocumentCollection[Any]] = {}
+
+    async def __aenter__(self) -> Self:
+        """Connect, sign in, and learn what this PocketBase can do.
+
+        Raises:
+            PocketBaseUnavailable, AuthenticationFailed, RequestRejected: it cannot be used.
+        """
+        async with AsyncExitStack() as stack:
+            self._connection = await stack.enter_async_context(
+                connection_to(self._address, self._config, self._http, self._log)
+            )
+            self._committer = await self._connection.committer(self._prefix)
+            self._exit_stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Commit what is queued, then let go of the connection.
+
+        Raises:
+            NotCommitted: writes were left when `close_timeout` had passed.
+        """
+        self._collections.clear()
+        await self._exit_stack.aclose()
+        self._connection = self._committer = None
+
+    async def flush(self) -> None:
+        """Return when every write submitted so far is decided."""
+        _, committer = self._opened()
+        await committer.flush()
+
+    async def create_collection(self, name: str, schema: type[TDocument]) -> DocumentCollection[TDocument]:
+        """Create a collection.
+
+        Raises:
+            CollectionExists: there is one of this name.
+            ForeignCollection: the name belongs to a collection that is not ours.
+        """
+        async with self._opening:
+            connection, _ = self._opened()
+            spec = document_collection(self._prefix, name, schema)
+            if name in self._collections or await connection.schema.exists(spec.name):
+                raise CollectionExists(f"collection '{name}' (PocketBase: '{spec.name}') exists already")
+            return await self._open(name, spec, schema)
+
+    async def get_collection(
+        self,
+        name: str,
+        schema: type[TDocument],
+        document_loader: Callable[[BaseDocument], Awaitable[TDocument | None]],
+    ) -> DocumentCollection[TDocument]:
+        """Open a collection that exists, and migrate its older documents with the loader.
+
+        Raises:
+            CollectionNotFound: there is none.
+        """
+        async with self._opening:
+            connection, _ = self._opened()
+            if name in self._collections:
+                return cast(DocumentCollection[TDocument], self._collections[name])
+            spec = document_collection(self._prefix, name, schema)
+            if not await connection.schema.exists(spec.name):
+                raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
+            return await self._open(name, spec, schema, document_loader)
+
+    async def get_or_create_collection(
+        self,
+        name: str,
+        schema: type[TDocument],
+        document_loader: Callable[[BaseDocument], Awaitable[TDocument | None]],
+    ) -> DocumentCollection[TDocument]:
+        """Open a collection, creating it if need be; a second call returns the same object."""
+        async with self._opening:
+            self._opened()
+            if name in self._collections:
+                return cast(DocumentCollection[TDocument], self._collections[name])
+            spec = document_collection(self._prefix, name, schema)
+            return await self._open(name, spec, schema, document_loader)
+
+    async def delete_collection(self, name: str) -> None:
+        """Delete a collection and all of its documents.
+
+        Raises:
+            CollectionNotFound: there is none.
+            ForeignCollection: it is not ours.
+        """
+        async with self._opening:
+            connection, committer = self._opened()
+            spec = document_collection(self._prefix, name, BaseDocument)
+            if not await connection.schema.exists(spec.name):
+                raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
+            await committer.flush()
+            await connection.schema.drop(spec)
+            self._collections.pop(name, None)
+
+    def _opened(self) -> tuple[Connection, Committer]:
+        if self._connection is None or self._committer is None:
+            raise PBCachedError("the database is not open: use it inside `async with`")
+        return self._connection, self._committer
+
+    async def _open(
+        self,
+        name: str,
+        spec: CollectionSpec,
+        schema: type[TDocument],
+        loader: Callable[[BaseDocument], Awaitable[TDocument | None]] | None = None,
+    ) -> PocketBaseDocumentCollection[TDocument]:
+        connection, committer = self._opened()
+        collection: PocketBaseDocumentCollection[TDocument] = PocketBaseDocumentCollection(
+            spec, await self._codec(spec), connection, committer
+        )
+        if loader is not None:
+            await Migration(
+                loader,
+                collection.reader,
+                collection.codec,
+                collection.filters,
+                committer,
+                partial(self._failures, name),
+                self._log,
+            ).run()
+        self._collections[name] = collection
+        return collection
+
+    async def _codec(self, spec: CollectionSpec) -> RecordCodec:
+        connection, _ = self._opened()
+        layout = await connection.schema.ensure(spec)
+        return RecordCodec(spec.name, layout, self._config.writes.max_document_bytes)
+
+    async def _failures(self, name: str) -> Failures:
+        spec = document_collection(self._prefix, f"{name}_failed_migrations", BaseDocument)
+        return Failures(spec.name, await self._codec(spec))
+
+
+class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocument]):
+    """A collection of documents. Every document it returns belongs to the caller."""
+
+    def __init__(
+        self, spec: CollectionSpec, codec: RecordCodec, connection: Connection, committer: Committer
+    ) -> None:
+        self.codec = codec
+        self.reader = RecordReader(connection.client, connection.dialect, codec)
+        self.filters = FilterWriter(codec.columns, connection.dialect)
+        self._spec = spec
+        self._connection = connection
+        self._committer = committer
+
+    async def find(
+        self,
+        filters: Where,
+        limit: int | None = None,
+        cursor: Cursor | None = None,
+        sort_direction: SortDirection | None = None,
+    ) -> FindResult[TDocument]:
+        """Documents in the order of `creation_utc`, then `id`.
+
+        Args:
+            limit: the most to return; None for all.
+            cursor: only those after it, in the order asked for.
+
+        Returns:
+            `total_count` counts all matches after the cursor, also those beyond the limit.
+
+        Raises:
+            InvalidFilter: an unknown operator or a malformed filter.
+        """
+        if limit is not None and limit < 0:
+            raise InvalidFilter(f"limit must not be negative, got {limit}")
+        descending = sort_direction == SortDirection.DESC
+        where = _after(filters, cursor, descending)
+        predicate = compile_where(where)
+        narrowed = self.filters.narrow(where)
+        if narrowed is None:
+            return FindResult(items=[], total_count=0, has_more=False)
+        if limit and self.filters.is_exact(where):
+            page = await self._page(narrowed[0], limit, descending)
+            if page is not None:
+                return page
+        found = [document async for _, document in self._matches(narrowed, predicate)]
+        found.sort(key=_position, reverse=descending)
+        return _result(found if limit is None else found[:limit], len(found))
+
+    async def find_one(self, filters: Where, sort: CollectionSort | None = None) -> TDocument | None:
+        """The first match: in the order of `sort`, ties in the order of insertion; without it, the first inserted.
+
+        A value that is missing, or None, sorts before all others.
+
+        Raises:
+            InvalidFilter: as `find`.
+        """
+        predicate = compile_where(filters)
+        narrowed = self.filters.narrow(filters)
+        if narrowed is None:
+            return None
+        if sort:
+            return await self._first_sorted(narrowed, predicate, sort)
+        match = await self._first(narrowed, predicate)
+        return cast(TDocument, match[1]) if match else None
+
+    async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
+        """Create the indexes that are missing. One that PocketBase refuses is reported and left out."""
+        for index in indexes:
+            columns = []
+            for field, direction in index.fields:
+                column = self.codec.columns.get(field)
+                if column is None:
+                    raise InvalidFilter(f"collection '{self._spec.name}' has no field '{field}' to index")
+                columns.append((column.name, direction == SortDirection.DESC))
+            await self._connection.schema.ensure_index(self._spec, IndexSpec(tuple(columns), index.unique))
+
+    async def insert_one(self, document: TDocument) -> InsertResult:
+        """Insert a document. Returns when PocketBase has committed it; the caller's object is not kept.
+
+        Raises:
+            InvalidDocument: keys are missing, or a value is not JSON. Nothing was written.
+            DocumentTooLarge: likewise.
+            UniqueViolation: a unique index refuses it.
+            OutcomeUnknown, PocketBaseUnavailable: see `Committer.write`.
+        """
+        await self._insert(document)
+        return InsertResult(acknowledged=True)
+
+    async def update_one(self, filters: Where, params: TDocument, upsert: bool = False) -> UpdateResult[TDocument]:
+        """Merge `params` into the first match: the fields that it names, and no others.
+
+        Args:
+            upsert: insert `params`, which must then be a whole document, where nothing matches.
+
+        Returns:
+            The document as it was committed, other writers' changes to its other fields included.
+
+        Raises:
+            As `insert_one`, and InvalidFilter.
+        """
+        predicate = compile_where(filters)
+        narrowed = self.filters.narrow(filters)
+        for _ in range(_ATTEMPTS):
+            match = await self._first(narrowed, predicate) if narrowed else None
+            if match is None:
+                if not upsert:
+                    return UpdateResult(True, 0, 0, None)
+                return UpdateResult(True, 0, 0, cast(TDocument, await self._insert(params)))
+            row, document = match
+            body = self.codec.encode_update(params, row.extra)
+            try:
+                updated = await self._apply(Operation("PATCH", self._spec.name, row.id, body))
+            except RecordNotFound:  # deleted since it was found: there may be another match
+                continue
+            return UpdateResult(True, 1, 1, cast(TDocument, updated or {**document, **params}))
+        raise RecordNotFound(f"update in '{self._spec.name}': every match was deleted before it could be updated")
+
+    async def delete_one(self, filters: Where) -> DeleteResult[TDocument]:
+        """Delete the first match.
+
+        Raises:
+            As `update_one`.
+        """
+        predicate = compile_where(filters)
+        narrowed = self.filters.narrow(filters)
+        for _ in range(_ATTEMPTS):
+            match = await self._first(narrowed, predicate) if narrowed else None
+            if match is None:
+                return DeleteResult(True, 0, None)
+            row, document = match
+            try:
+                await self._committer.write(Operation("DELETE", self._spec.name, row.id))
+            except RecordNotFound:
+                continue
+            return DeleteResult(True, 1, cast(TDocument, document))
+        raise RecordNotFound(f"delete in '{self._spec.name}': every match was deleted by others first")
+
+    # reading
+
+    async def _page(self, filter_: str, limit: int, descending: bool) -> FindResult[TDocument] | None:
+        """A limited result straight from PocketBase's own order and count. None where that order is not the
+        documents': where it is made from images that are not their values."""
+        order = [self.codec.columns.get(field) for field in ("creation_utc", "id")]
+        if limit >= self._connection.dialect.per_page or any(c is None or c.kind is not Kind.TEXT for c in order):
+            return None
+        sign = "-" if descending else ""
+        sort = ",".join([*(sign + column.name for column in order if column), "id"])
+        page = await self.reader.page(filter_, sort, limit + 1, total=True)
+        documents = [self.codec.document(row) for row in page.rows]
+        for row, document in zip(page.rows, documents, strict=True):
+            if any(document.get(field) != self.codec.held(row, field) for field in ("creation_utc", "id")):
+                return None
+        # The count was made for this very page; a concurrent insert cannot put them at odds.
+        return _result(documents[:limit], max(page.total, len(documents)))
+
+    async def _matches(self, narrowed: Sequence[str], predicate: Predicate) -> Any:
+        """Every match, with its row, once."""
+        async for row in self.reader.all(narrowed):
+            document = self.codec.document(row)
+            if predicate(document):
+                yield row, document
+
+    async def _first(self, narrowed: Sequence[str], predicate: Predicate) -> tuple[Row, dict[str, Json]] | None:
+        """The match that was inserted first."""
+        first: tuple[Row, dict[str, Json]] | None = None
+        for filter_ in narrowed:
+            # Most filters say all there is to say, so the first record is the match: ask for few.
+            page = await self.reader.page(filter_, "id", 2)
+            async for match in self._among(page.rows, filter_, predicate):
+                if first is None or match[0].id < first[0].id:
+                    first = match
+                break
+        return first
+
+    async def _among(self, rows: Sequence[Row], filter_: str, predicate: Predicate) -> Any:
+        for row in rows:
+            if predicate(document := self.codec.document(row)):
+                yield row, document
+        if len(rows) == 2:
+            async for match in self._matches((filter_,), predicate):
+                yield match
+
+    async def _first_sorted(
+        self, narrowed: Sequence[str], predicate: Predicate, sort: CollectionSort
+    ) -> TDocument | None:
+        columns = [self.codec.columns.get(field) for field, _ in sort]
+        if len(narrowed) == 1 and all(column and column.kind is not Kind.JSON for column in columns):
+            order = ",".join(
+                ("-" if direction == SortDirection.DESC else "") + column.name
+                for column, (_, direction) in zip(columns, sort, strict=True)
+                if column
+            )
+            rows = (await self.reader.page(narrowed[0], f"{order},id", 2)).rows
+            # Where values differ from their images, two records may seem equal that are not.
+            if not any(row.extra for row in rows):
+                if not rows:
+                    return None
+                if predicate(document := self.codec.document(rows[0])):
+                    return cast(TDocument, document)
+        found = [match async for match in self._matches(narrowed, predicate)]
+        found.sort(key=lambda match: match[0].id)
+        for field, direction in reversed(sort):
+            found.sort(key=partial(_sort_key, field), reverse=direction == SortDirection.DESC)
+        return cast(TDocument, found[0][1]) if found else None
+
+    # writing
+
+    async def _insert(self, document: Mapping[str, Any]) -> dict[str, Json]:
+        self.codec.require(document)
+        record_id = new_id()
+        body, copy = self.codec.encode(document, record_id)
+        return await self._apply(Operation("POST", self._spec.name, record_id, body)) or copy
+
+    async def _apply(self, operation: Operation) -> dict[str, Json] | None:
+        """Commit an insert or an update, and return the document as it is then; None where others have deleted
+        it since.
+
+        PocketBase drops columns that a collection does not have, and says nothing. So its reply is looked at, and
+        where a column is missing it is added and the write repeated, before anybody is told that it is done.
+        """
+        (reply,) = await self._committer.write(operation)
+        if not reply.record:
+            return None
+        try:
+            return self.codec.document(self.codec.row(reply.record))
+        except SchemaError:
+            await self._connection.schema.ensure(self._spec)
+        again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
+        (reply,) = await self._committer.write(again)
+        return self.codec.document(self.codec.row(reply.record))
+
+
+def _after(filters: Where, cursor: Cursor | None, descending: bool) -> dict[str, Any]:
+    """The filter, and beyond the cursor. Said so that an index on `creation_utc` serves as a range."""
+    if cursor is None:
+        return cast(dict[str, Any], filters)
+    strictly, within = ("$lt", "$lte") if descending else ("$gt", "$gte")
+    at, id_ = str(cursor.creation_utc), str(cursor.id)
+    return {
+        "$and": [
+            filters,
+            {"creation_utc": {within: at}},
+            {"$or": [{"creation_utc": {strictly: at}}, {"id": {strictly: id_}}]},
+        ]
+    }
+
+
+def _position(document: Mapping[str, Json]) -> tuple[str, str]:
+    return str(document.get("creation_utc") or ""), str(document.get("id") or "")
+
+
+def _sort_key(field: str, match: tuple[Row, Mapping[str, Json]]) -> tuple[int, Any]:
+    """Missing and None first, then numbers, strings, and everything else by its text."""
+    value = match[1].get(field)
+    if value is None:
+        return 0, 0
+    if isinstance(value, int | float):
+        return 1, value
+    return (2, value) if isinstance(value, str) else (3, str(value))
+
+
+def _result(items: Sequence[Mapping[str, Json]], total: int) -> FindResult[Any]:
+    has_more = total > len(items)
+    last = items[-1] if has_more and items else None
+    return FindResult(
+        items=cast(Any, items),
+        total_count=total,
+        has_more=has_more,
+        next_cursor=Cursor(creation_utc=_position(last)[0], id=ObjectId(_position(last)[1])) if last else None,
+    )

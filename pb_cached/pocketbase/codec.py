@@ -1,0 +1,342 @@
+"""Documents to records and back: `decode(encode(document)) == document`, for every JSON document.
+
+Each column holds an *image* of its field's value, chosen so that filters on columns never miss a document:
+
+* equal values have equal images, and a smaller value never has a larger image (within strings, within numbers);
+* a value that the column's type cannot hold has the column's default as its image.
+
+Where the image is not the value itself (an int beyond 2**53, 1.0 in a number column, None in a text column, a
+lone surrogate), the value stands in `extra`, exactly, as do keys that no column has. `decode` prefers `extra`.
+
+Everything is encoded at the call, so the caller may change the document afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol, cast
+
+import msgspec
+from msgspec import Struct
+
+from pb_cached.errors import DocumentTooLarge, InvalidDocument, SchemaError, named
+from pb_cached.pocketbase.schema import Column, Kind, Layout
+
+SAFE_INTEGER: Final = 2**53
+"""Up to here, and including, every integer is a float64 of its own."""
+_LARGEST_FLOAT: Final = 1.7976931348623157e308
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+Json = Any
+"""A JSON value as Python has it: dict, list, str, int, float, bool, None."""
+
+
+class Row(Protocol):
+    """A record as PocketBase gave it. Its columns are attributes `c0`, `c1`, ... in the order of the layout."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def rev(self) -> int: ...
+    @property
+    def extra(self) -> str: ...
+
+
+class Extra(Struct, omit_defaults=True):
+    """What the columns cannot hold: exact values by field, and fields that have a column but no value."""
+
+    values: dict[str, Json] = {}
+    missing: list[str] = []
+
+
+def dumps(value: Json) -> bytes:
+    """JSON as bytes. Lone surrogates, which UTF-8 cannot hold, are written as escapes."""
+    try:
+        return _encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def loads(text: str | bytes) -> Json:
+    """JSON that `dumps` wrote, or that a foreign hand did."""
+    try:
+        return _decode(text)
+    except msgspec.DecodeError:
+        return json.loads(text)  # lone surrogates
+
+
+def snapshot(document: Mapping[str, Any]) -> dict[str, Json]:
+    """The document's own copy: nothing in it is shared with the caller, and all of it is JSON.
+
+    Tuples and other sequences become lists, other mappings dicts.
+
+    Raises:
+        InvalidDocument: a value is not JSON; names its path.
+    """
+    try:
+        copy = loads(dumps(document))
+        if copy == document:  # what came back is what went in, so all of it was JSON
+            return copy  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+        pass
+    try:
+        return _as_json(document, "$")  # type: ignore[no-any-return]
+    except RecursionError:
+        raise InvalidDocument("the document is nested too deeply to be stored") from None
+
+
+def _as_json(value: Any, path: str) -> Json:
+    """Convert what has a JSON form; name what has none."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value) if type(value) is not str else value
+    if isinstance(value, int):
+        number = int(value)
+        try:
+            str(number)
+        except ValueError:
+            raise InvalidDocument(f"{path}: an integer of this many digits cannot be stored", path=path) from None
+        return number
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidDocument(f"{path}: {value} is not JSON; expected a finite number", path=path)
+        return float(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InvalidDocument(
+                    f"{path}: the key {key!r:.40} is of type {type(key).__name__}; JSON keys are strings",
+                    path=path,
+                )
+        return {str(key): _as_json(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return [_as_json(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    raise InvalidDocument(f"{path}: a {type(value).__name__} is not JSON and cannot be stored", path=path)
+
+
+# --- images ------------------------------------------------------------------------------------------------
+
+
+def text_image(value: str) -> str:
+    """The string itself; from a lone surrogate on, the least string above all that begin so."""
+    if value.isascii():
+        return value
+    for position, character in enumerate(value):
+        if "\ud800" <= character <= "\udfff":
+            return value[:position] + "\ue000"
+    return value
+
+
+def number_image(value: float) -> float:
+    """The nearest float64, which never reverses the order of two numbers; at the ends the largest finite one."""
+    if isinstance(value, int) and -SAFE_INTEGER <= value <= SAFE_INTEGER:
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return _LARGEST_FLOAT if value > 0 else -_LARGEST_FLOAT
+
+
+def image(value: Json, kind: Kind) -> tuple[Json, bool]:
+    """What a column of this kind holds for a value, and whether the value can be had back from it."""
+    if kind is Kind.JSON:
+        return dumps(value).decode(), True
+    if kind is Kind.TEXT and isinstance(value, str):
+        held = text_image(value)
+        return held, held == value
+    if kind is Kind.BOOL:
+        # 1 and 1.0 equal True, and a filter for True must find them.
+        return isinstance(value, int | float) and value == 1, isinstance(value, bool)
+    if kind is Kind.NUMBER and isinstance(value, int | float):
+        number = number_image(value)
+        # An integral float comes back as an int; True comes back as 1.
+        exact = type(value) is int and number == value and -SAFE_INTEGER <= value <= SAFE_INTEGER
+        return number, exact or (type(value) is float and not value.is_integer())
+    return kind.default, False
+
+
+# --- records -----------------------------------------------------------------------------------------------
+
+
+class RecordCodec:
+    """Encodes and decodes the documents of one collection. Immutable."""
+
+    def __init__(self, collection: str, layout: Layout, max_document_bytes: int) -> None:
+        self.collection = collection
+        self.columns: Mapping[str, Column] = {
+            "id": Column("id", "doc_id", Kind.TEXT),
+            **{column.field: column for column in layout.declared},
+        }
+        self._max_bytes = max_document_bytes
+        self._declared = tuple(self.columns.values())
+        self._all = self._declared + layout.undeclared
+        self._positions = {column.field: position for position, column in enumerate(self._declared)}
+        row = _row_type(self._all)
+        self._row = msgspec.json.Decoder(row)
+        self._rows = msgspec.json.Decoder(list[row])  # type: ignore[valid-type]
+
+    # encoding
+
+    def require(self, document: Mapping[str, Any]) -> None:
+        """Parlant's databases demand every declared key on insert.
+
+        Raises:
+            InvalidDocument: names the keys that are missing.
+        """
+        missing = [field for field in self.columns if field not in document]
+        if missing:
+            raise InvalidDocument(
+                f"collection '{self.collection}': the document misses the keys {named(missing)}; "
+                f"expected {named(tuple(self.columns), 30)}"
+            )
+
+    def encode(self, document: Mapping[str, Any], record_id: str) -> tuple[bytes, dict[str, Json]]:
+        """The body that creates a record for a document, and the document as it will be read.
+
+        Raises:
+            InvalidDocument: a value is not JSON.
+            DocumentTooLarge: it exceeds `max_document_bytes`.
+        """
+        copy = snapshot(document)
+        return self._sized({"id": record_id, **self._columns_of(copy), "rev": 1}, copy), copy
+
+    def encode_update(self, params: Mapping[str, Any], extra: str) -> bytes:
+        """The body that changes the named fields of a record whose `extra` is known, and no others.
+
+        `extra` is written only where it changes: it is one column, and belongs to all fields.
+
+        Raises:
+            InvalidDocument, DocumentTooLarge: as `encode`.
+        """
+        copy = snapshot(params)
+        columns, new = self._images(copy)
+        old = _extra_of(extra)
+        merged = Extra(
+            values={k: v for k, v in old.values.items() if k not in copy} | new.values,
+            missing=[field for field in old.missing if field not in copy],
+        )
+        if (text := _extra_text(merged)) != extra:
+            columns["extra"] = text
+        columns["rev+"] = 1
+        return self._sized(columns, copy)
+
+    def encode_replacement(self, document: Mapping[str, Any]) -> bytes:
+        """The body that makes a record hold this document and nothing else. Raises as `encode`."""
+        copy = snapshot(document)
+        defaults = {column.name: column.kind.default for column in self._declared}
+        return self._sized(defaults | self._columns_of(copy) | {"rev+": 1}, copy)
+
+    def _columns_of(self, copy: Mapping[str, Json]) -> dict[str, Json]:
+        """The columns, `extra` among them, of a whole document."""
+        columns, extra = self._images(copy)
+        extra.missing = [
+            column.field for column in self._declared if column.field not in copy and column.kind is not Kind.JSON
+        ]
+        return {**columns, "extra": _extra_text(extra)}
+
+    def _images(self, copy: Mapping[str, Json]) -> tuple[dict[str, Json], Extra]:
+        columns: dict[str, Json] = {}
+        extra = Extra(values={})
+        for field, value in copy.items():
+            column = self.columns.get(field)
+            if column is None:
+                extra.values[field] = value
+                continue
+            columns[column.name], exact = image(value, column.kind)
+            if not exact:
+                extra.values[field] = value
+        return columns, extra
+
+    def _sized(self, body: dict[str, Json], copy: Mapping[str, Json]) -> bytes:
+        content = _encode(body)
+        if len(content) > self._max_bytes:
+            largest = max(copy, key=lambda field: len(dumps(copy[field])), default="")
+            raise DocumentTooLarge(
+                f"collection '{self.collection}': the document takes {len(content):,} bytes, most of them in "
+                f"'{largest}'; at most {self._max_bytes:,} are allowed (max_document_bytes under [writes]). "
+                "Nothing was written"
+            )
+        return content
+
+    # decoding
+
+    def rows(self, items: msgspec.Raw | bytes) -> list[Row]:
+        """Rows out of a JSON list of records. Raises as `row`."""
+        try:
+            return cast(list[Row], self._rows.decode(items))
+        except msgspec.DecodeError as error:
+            raise self._misshapen(error) from error
+
+    def row(self, item: msgspec.Raw | bytes) -> Row:
+        """A row out of a record's JSON.
+
+        Raises:
+            SchemaError: a column is missing: somebody removed or renamed it.
+        """
+        try:
+            return cast(Row, self._row.decode(item))
+        except msgspec.DecodeError as error:
+            raise self._misshapen(error) from error
+
+    def _misshapen(self, error: msgspec.DecodeError) -> SchemaError:
+        return SchemaError(
+            f"collection '{self.collection}': a record does not have the columns that it must have ({error}). Was "
+            "a column removed or renamed in PocketBase? Open the database again to have it added"
+        )
+
+    def document(self, row: Row) -> dict[str, Json]:
+        """The document that a row holds: new objects at each call."""
+        return self._document(row, self._declared)
+
+    def stored_document(self, row: Row) -> dict[str, Json]:
+        """The document with the fields that are no longer declared: what a migration starts from."""
+        return self._document(row, self._all)
+
+    def held(self, row: Row, field: str) -> Json:
+        """What the column of a declared field holds: the value's image."""
+        return getattr(row, f"c{self._positions[field]}")
+
+    def _document(self, row: Row, columns: Sequence[Column]) -> dict[str, Json]:
+        document: dict[str, Json] = {}
+        for position, column in enumerate(columns):
+            held = getattr(row, f"c{position}")
+            if column.kind is not Kind.JSON:
+                document[column.field] = held
+            elif held:
+                document[column.field] = loads(held)
+        if row.extra:
+            extra = _extra_of(row.extra)
+            for field in extra.missing:
+                document.pop(field, None)
+            document.update(extra.values)
+        return document
+
+
+def _row_type(columns: Sequence[Column]) -> type[Struct]:
+    types: dict[Kind, Any] = {Kind.NUMBER: int | float, Kind.BOOL: bool}
+    fields: list[tuple[str, Any]] = [("id", str), ("rev", int), ("extra", str)]
+    names = {name: name for name, _ in fields}
+    for position, column in enumerate(columns):  # a column's name need not be a Python identifier
+        fields.append((f"c{position}", types.get(column.kind, str)))
+        names[f"c{position}"] = column.name
+    return msgspec.defstruct("Row", fields, rename=names, frozen=True)
+
+
+def _extra_text(extra: Extra) -> str:
+    if not extra.values and not extra.missing:
+        return ""
+    return dumps(msgspec.structs.asdict(extra)).decode()
+
+
+def _extra_of(text: str) -> Extra:
+    if not text:
+        return Extra(values={})
+    found = loads(text)
+    if not isinstance(found, dict):
+        raise SchemaError("the column 'extra' of a record was changed by hand and can no longer be read")
+    return Extra(values=dict(found.get("values", {})), missing=list(found.get("missing", [])))

@@ -1,0 +1,113 @@
+"""What this PocketBase can do: probed once per connection, then only read.
+
+No endpoint tells the version (facts: pocketbase, section 1), so each ability is asked for by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from pb_cached.errors import RequestRejected
+from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.telemetry import Log
+
+MIB: Final = 1024 * 1024
+
+
+class BatchLimits(Struct, frozen=True, rename="camel"):
+    """`settings.batch` of PocketBase."""
+
+    enabled: bool = False
+    max_requests: int = 50
+    timeout: float = 3.0
+    max_body_size: int = 0
+
+    @property
+    def max_bytes(self) -> int:
+        return self.max_body_size or 128 * MIB
+
+
+class Dialect(Struct, frozen=True):
+    """The abilities that differ between versions."""
+
+    family: Literal["0.22", "0.23"]
+    """`0.23` stands for everything since: collections have `fields` in place of `schema`, and `_superusers`."""
+    batch: BatchLimits | None
+    """None: there is no batch API, each write is a request of its own."""
+    sql: bool
+    """`POST /api/sql`, from 0.39."""
+    escapes: bool
+    r"""In a filter's string `\\` means one backslash (from 0.39.9). Before, a backslash means itself."""
+
+    @property
+    def per_page(self) -> int:
+        """The most records that one page of a listing holds."""
+        return 500 if self.family == "0.22" else 1000
+
+    @property
+    def filter_bytes(self) -> int:
+        """The longest filter. Up to 0.22 the bound is on the whole query, percent-encoded: at most 3 to 1."""
+        return 500 if self.family == "0.22" else 3400
+
+    @property
+    def filter_expressions(self) -> int:
+        return 180
+
+
+class _Settings(Struct):
+    batch: BatchLimits | None = None
+
+
+class _Total(Struct, rename="camel"):
+    total_items: int = 0
+
+
+async def probe(client: PocketBaseClient, *, max_requests: int, manage: bool, log: Log) -> Dialect:
+    """Ask PocketBase what it can do, and switch its batch API on where it is off and we may.
+
+    Args:
+        max_requests: what a batch must be allowed to hold.
+        manage: may settings be changed?
+
+    Raises:
+        RequestRejected: the batch API is off and has to stay off.
+        AuthenticationFailed: the credentials are not a superuser's.
+    """
+    await client.call("GET", "/api/collections", params={"perPage": 1})
+    newer = (await client.send("GET", "/api/collections/_superusers/auth-methods")).ok
+    if not newer:
+        return Dialect(family="0.22", batch=None, sql=False, escapes=False)
+    return Dialect(
+        family="0.23",
+        batch=await _batch(client, max_requests, manage, log),
+        sql=(await client.send("POST", "/api/sql", body=b'{"query":"SELECT 1"}', repeatable=True)).ok,
+        escapes=await _escapes(client),
+    )
+
+
+async def _batch(client: PocketBaseClient, wanted: int, manage: bool, log: Log) -> BatchLimits:
+    read = msgspec.json.decode(await client.call("GET", "/api/settings"), type=_Settings)
+    limits = read.batch or BatchLimits()
+    if limits.enabled and (limits.max_requests >= wanted or not manage):
+        return limits
+    if not manage:
+        raise RequestRejected(
+            f"PocketBase at {client.url} has its batch API switched off, and manage_settings forbids us to switch "
+            "it on: enable it in the dashboard under Settings, or set manage_settings = true under [pocketbase]",
+            status=403,
+        )
+    change = {"batch": {"enabled": True, "maxRequests": max(wanted, limits.max_requests)}}
+    changed = await client.call("PATCH", "/api/settings", body=msgspec.json.encode(change), repeatable=True)
+    log.info("batch API configured", url=client.url, max_requests=change["batch"]["maxRequests"])
+    return msgspec.json.decode(changed, type=_Settings).batch or limits
+
+
+async def _escapes(client: PocketBaseClient) -> bool:
+    r"""Is `'a\\b'` the same string as `'a\b'`? Asked of a table that surely has a row: our own account's."""
+    content = await client.call(
+        "GET", "/api/collections/_superusers/records", params={"perPage": 1, "filter": r"'a\\b'='a\b'"}
+    )
+    return msgspec.json.decode(content, type=_Total).total_items > 0

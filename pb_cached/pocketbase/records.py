@@ -1,0 +1,94 @@
+"""Reading records: pages in a given order, or all that a filter lets through.
+
+Whatever the number of matches, they are read in pages by key, never by page number: a page that shifts under
+concurrent inserts or deletes would skip or repeat records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.pocketbase.codec import RecordCodec, Row
+from pb_cached.pocketbase.dialect import Dialect
+
+FIRST_PAGE: Final = 100
+"""Records asked for before their size is known."""
+PAGE_BYTES: Final = 8 * 1024 * 1024
+"""About how much one page may bring."""
+
+
+class Page(Struct, frozen=True):
+    rows: Sequence[Row]
+    total: int
+    """Matches of the filter in all; -1 where it was not asked for."""
+
+
+class _Listing(Struct, rename="camel"):
+    items: msgspec.Raw
+    total_items: int = -1
+
+
+_listing: Final = msgspec.json.Decoder(_Listing)
+
+
+class RecordReader:
+    """Reads one collection. Immutable."""
+
+    def __init__(self, client: PocketBaseClient, dialect: Dialect, codec: RecordCodec) -> None:
+        self._client = client
+        self._dialect = dialect
+        self._codec = codec
+        self._path = f"/api/collections/{codec.collection}/records"
+
+    async def page(self, filter_: str, sort: str, limit: int, *, total: bool = False) -> Page:
+        """The first `limit` records in the order of `sort`, and how many there are in all where asked."""
+        page, _ = await self._page(filter_, sort, min(limit, self._dialect.per_page), total)
+        return page
+
+    async def all(self, filters: Sequence[str]) -> AsyncIterator[Row]:
+        """Every record that one of the filters lets through, once; by id, and so in the order of insertion,
+        within each filter."""
+        seen: set[str] = set()
+        for filter_ in filters:
+            async for row in self._each(filter_):
+                if len(filters) == 1:
+                    yield row
+                elif row.id not in seen:
+                    seen.add(row.id)
+                    yield row
+
+    async def by_ids(self, ids: Sequence[str]) -> dict[str, Row]:
+        """The records with these ids, those that exist."""
+        found: dict[str, Row] = {}
+        per_filter = min(100, self._dialect.filter_bytes // 25)
+        for start in range(0, len(ids), per_filter):
+            filter_ = " || ".join(f"id = '{id_}'" for id_ in ids[start : start + per_filter])
+            found |= {row.id: row for row in (await self.page(filter_, "id", per_filter)).rows}
+        return found
+
+    async def _each(self, filter_: str) -> AsyncIterator[Row]:
+        limit, last = FIRST_PAGE, ""
+        while True:
+            key = f"id > '{last}'" if last else ""
+            page, size = await self._page(" && ".join(filter(None, (filter_, key))), "id", limit, total=False)
+            for row in page.rows:
+                yield row
+            if len(page.rows) < limit:
+                return
+            last = page.rows[-1].id
+            limit = max(1, min(self._dialect.per_page, PAGE_BYTES * limit // max(1, size)))
+
+    async def _page(self, filter_: str, sort: str, limit: int, total: bool) -> tuple[Page, int]:
+        params: dict[str, str | int] = {"perPage": limit, "sort": sort}
+        if filter_:
+            params["filter"] = filter_
+        if not total:
+            params["skipTotal"] = 1
+        content = await self._client.call("GET", self._path, params=params)
+        listing = _listing.decode(content)
+        return Page(self._codec.rows(listing.items), listing.total_items), len(content)

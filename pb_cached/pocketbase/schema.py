@@ -1,0 +1,458 @@
+"""Collections of ours: which columns and indexes hold a TypedDict's documents, and making sure that they exist.
+
+A column remembers what it is in its PocketBase field id (`json_metadata`, `text_session_id`): so a renamed
+column is recognised and given its name back with its data, and a column whose field a newer TypedDict no
+longer declares can still be read by a migration. Nothing is ever dropped, and a collection without our
+columns is somebody else's.
+
+Changing a collection is read-modify-write in PocketBase, and concurrent changes lose each other's fields
+(facts: pocketbase, section 2). So every change is read back, and made again until all of it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal, NewType, get_args, get_origin
+
+import msgspec
+import typing_extensions
+from msgspec import Struct
+
+from pb_cached.errors import ForeignCollection, SchemaError, named
+from pb_cached.pocketbase.client import Answer, PocketBaseClient
+from pb_cached.pocketbase.dialect import Dialect
+from pb_cached.telemetry import Log
+
+TEXT_MAX: Final = 2**53 - 1
+"""PocketBase's default for a text column is 5000 characters; this is the most that it accepts."""
+
+_ROUNDS: Final = 12
+_MARK: Final = "pbc_owner__"
+_RULES: Final = ("listRule", "viewRule", "createRule", "updateRule", "deleteRule")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,79}\Z")
+_RESERVED: Final = frozenset(
+    [
+        "id",
+        "doc_id",
+        "rev",
+        "extra",
+        "updated",
+        "created",
+        "expand",
+        "collectionid",
+        "collectionname",
+        "null",
+        "true",
+        "false",
+        "_rowid_",
+        "rowid",
+    ]
+)
+
+
+class Kind(StrEnum):
+    """How a column holds a field."""
+
+    TEXT = "text"
+    NUMBER = "number"
+    BOOL = "bool"
+    JSON = "json"
+    """A text column that holds the exact JSON of the value; empty where the key is missing."""
+
+    @property
+    def default(self) -> str | int | bool:
+        """What PocketBase stores where nothing is given. Columns never hold NULL."""
+        return {Kind.NUMBER: 0, Kind.BOOL: False}.get(self, "")
+
+    @property
+    def pocketbase_type(self) -> str:
+        return "text" if self is Kind.JSON else str(self)
+
+
+class Column(Struct, frozen=True):
+    """One field of a document, and the column that holds it."""
+
+    field: str
+    name: str
+    kind: Kind
+
+    @property
+    def field_id(self) -> str:
+        return f"{self.kind}_{self.name}"
+
+
+class IndexSpec(Struct, frozen=True):
+    """An index over columns: pairs of column name and "is it descending"."""
+
+    columns: tuple[tuple[str, bool], ...]
+    unique: bool = False
+
+    def name(self, collection: str) -> str:
+        parts = "_".join(name + ("_desc" if descending else "") for name, descending in self.columns)
+        return f"{'uidx' if self.unique else 'idx'}_{collection}__{parts}"
+
+    def sql(self, collection: str) -> str:
+        parts = ", ".join(f"`{name}`" + (" DESC" if descending else "") for name, descending in self.columns)
+        return (
+            f"CREATE {'UNIQUE ' if self.unique else ''}INDEX `{self.name(collection)}` ON `{collection}` ({parts})"
+        )
+
+
+class CollectionSpec(Struct, frozen=True):
+    """A PocketBase collection of ours, as it must be."""
+
+    name: str
+    columns: tuple[Column, ...]
+    indexes: tuple[IndexSpec, ...]
+    system: tuple[tuple[str, str], ...]
+    """Columns of ours beside the document's: pairs of name and PocketBase type."""
+    owner: str
+    """`prefix__name`: tells `a` + `b_c` from `a_b` + `c`, which share a PocketBase name."""
+
+    @property
+    def mark(self) -> str:
+        """The name of an index that tells whose collection this is."""
+        return f"{_MARK}{self.owner}"
+
+    @property
+    def needed_indexes(self) -> dict[str, str]:
+        """Every index that the collection must have, by name. The mark costs nothing: it covers no record."""
+        counter = next(name for name, type_ in self.system if type_ == "number")
+        return {index.name(self.name): index.sql(self.name) for index in self.indexes} | {
+            self.mark: f"CREATE INDEX `{self.mark}` ON `{self.name}` (`{counter}`) WHERE `{counter}` < 0"
+        }
+
+
+DOCUMENT_SYSTEM: Final = (("doc_id", "text"), ("extra", "text"), ("rev", "number"), ("updated", "autodate"))
+LOG_SYSTEM: Final = (("server", "text"), ("n", "number"), ("created", "autodate"))
+
+
+class Layout(Struct, frozen=True):
+    """What a collection really looks like: the declared columns with the kind that each really has, and the
+    columns of fields that are no longer (or not yet) declared."""
+
+    declared: tuple[Column, ...]
+    undeclared: tuple[Column, ...]
+
+
+def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]]) -> CollectionSpec:
+    """The collection that holds documents of `schema`.
+
+    Raises:
+        SchemaError: the name cannot be a PocketBase collection's.
+    """
+    table = _checked_name(f"{prefix}_{name}")
+    columns = columns_of(schema)
+    by_field = {column.field: column.name for column in columns}
+    indexes = [IndexSpec((("doc_id", False),)), IndexSpec((("updated", False),))]
+    if "creation_utc" in by_field:
+        indexes.append(IndexSpec(((by_field["creation_utc"], False), ("doc_id", False))))
+    if "version" in by_field:
+        indexes.append(IndexSpec(((by_field["version"], False),)))
+    return CollectionSpec(table, columns, tuple(indexes), DOCUMENT_SYSTEM, f"{prefix}__{name}")
+
+
+def log_collection(prefix: str) -> CollectionSpec:
+    """The log of a database: one record per commit, whose id is the receipt."""
+    return CollectionSpec(_checked_name(f"{prefix}_log"), (), (), LOG_SYSTEM, f"{prefix}__log")
+
+
+def columns_of(schema: type[Mapping[str, Any]]) -> tuple[Column, ...]:
+    """A column for each field of the TypedDict but `id`, which `doc_id` holds."""
+    columns: list[Column] = []
+    taken: set[str] = set()
+    for field, annotation in typing_extensions.get_type_hints(schema).items():
+        if field == "id":
+            continue
+        name = column_name(field)
+        if name.casefold() in taken:  # SQLite's columns do not tell case
+            name = _hidden_name(field)
+        taken.add(name.casefold())
+        columns.append(Column(field, name, kind_of(annotation)))
+    return tuple(columns)
+
+
+def column_name(field: str) -> str:
+    """The column of a field: its own name where that is free, else one from which it can be told."""
+    if not _PLAIN_NAME.match(field) or "_via_" in field.casefold() or field.startswith("f_x"):
+        return _hidden_name(field)
+    if field.casefold() in _RESERVED or field.startswith("f_"):
+        return f"f_{field}"
+    return field
+
+
+def field_name(column: str) -> str:
+    """The field that a column holds: `column_name` the other way round."""
+    if column.startswith("f_x"):
+        try:
+            return bytes.fromhex(column[3:]).decode()
+        except ValueError:
+            return column
+    return column.removeprefix("f_")
+
+
+def _hidden_name(field: str) -> str:
+    return "f_x" + field.encode("utf-8", "surrogatepass").hex()
+
+
+def kind_of(annotation: Any) -> Kind:
+    """The kind of column for a type: what is not plainly text, number or bool is kept as JSON."""
+    while True:
+        if isinstance(annotation, NewType):
+            annotation = annotation.__supertype__
+        elif get_origin(annotation) in (
+            Annotated, typing.Required, typing.NotRequired, typing_extensions.ReadOnly,
+        ):  # fmt: skip
+            annotation = get_args(annotation)[0]
+        else:
+            break
+    if get_origin(annotation) is Literal:
+        return Kind.TEXT if all(isinstance(value, str) for value in get_args(annotation)) else Kind.JSON
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return Kind.JSON
+    return {str: Kind.TEXT, bool: Kind.BOOL, int: Kind.NUMBER, float: Kind.NUMBER}.get(annotation, Kind.JSON)
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z]\w{0,239}", name, re.ASCII) or name.startswith("sqlite_") or "_via_" in name:
+        raise SchemaError(
+            f"'{name}' cannot be a PocketBase collection: expected a letter, then letters, digits and underscores; "
+            "at most 240 of them, and no '_via_'"
+        )
+    return name
+
+
+# --- what PocketBase says ---------------------------------------------------------------------------------
+
+
+class _Field(Struct):
+    name: str
+    type: str
+    id: str = ""
+
+
+class _Collection(Struct):
+    id: str
+    name: str
+    type: str = "base"
+    fields: list[_Field] = []
+    schema: list[_Field] = []  # 0.22
+    indexes: list[str] = []
+    listRule: str | None = None
+    viewRule: str | None = None
+    createRule: str | None = None
+    updateRule: str | None = None
+    deleteRule: str | None = None
+
+    @property
+    def columns(self) -> list[_Field]:
+        return self.fields or self.schema
+
+    @property
+    def is_open(self) -> bool:
+        return any(getattr(self, rule) is not None for rule in _RULES)
+
+
+_INDEX_NAME: Final = re.compile(
+    r"CREATE\s+(?:UNIQUE\s+)?INDEX\s+(?:IF\s+NOT\s+EXISTS\s+)?[`\"\[]?(\w+)", re.IGNORECASE
+)
+
+
+def _index_names(collection: _Collection) -> set[str]:
+    return {match[1] for sql in collection.indexes if (match := _INDEX_NAME.match(sql.strip()))}
+
+
+class SchemaEditor:
+    """Makes collections what they must be. One per connection; holds no state of its own."""
+
+    def __init__(self, client: PocketBaseClient, dialect: Dialect, log: Log) -> None:
+        self._client = client
+        self._dialect = dialect
+        self._log = log
+
+    async def exists(self, name: str) -> bool:
+        """Is there a collection of this name, whoever made it?"""
+        return await self._read(name) is not None
+
+    async def drop(self, spec: CollectionSpec) -> None:
+        """Delete a collection of ours and all that it holds.
+
+        Raises:
+            ForeignCollection: it is not ours.
+        """
+        found = await self._read(spec.name)
+        if found is None:
+            return
+        self._refuse_foreign(found, spec)
+        await self._client.call("DELETE", f"/api/collections/{spec.name}", repeatable=False)
+
+    async def ensure(self, spec: CollectionSpec) -> Layout:
+        """Create the collection, or add what it lacks. Safe when several servers do it at once.
+
+        Raises:
+            ForeignCollection: the name belongs to a collection that is not ours.
+            SchemaError: PocketBase did not accept, or did not keep, what the collection needs.
+        """
+        trouble = "its changes were lost again and again to those of other writers"
+        for round_ in range(_ROUNDS):
+            if round_:
+                await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
+            found = await self._read(spec.name)
+            if found is None:
+                answer = await self._create(spec)
+            else:
+                self._refuse_foreign(found, spec)
+                missing = self._missing(found, spec)
+                present = _index_names(found)
+                wanted = [sql for name, sql in spec.needed_indexes.items() if name not in present]
+                if not missing and not wanted and not found.is_open:
+                    return _layout(found, spec)
+                if round_ == 0 and missing:
+                    self._log.warning(
+                        "collection lacks columns; adding them",
+                        collection=spec.name,
+                        columns=", ".join(field["name"] for field in missing),
+                    )
+                if found.is_open:
+                    self._log.warning("collection was opened to others; closing it", collection=spec.name)
+                answer = await self._amend(found, missing, wanted, spec)
+            if not answer.ok:
+                trouble = str(await self._client.rejection(answer, "last answer"))
+        raise SchemaError(f"collection '{spec.name}' could not be brought into shape: {trouble}")
+
+    async def ensure_index(self, spec: CollectionSpec, index: IndexSpec) -> bool:
+        """Create an index where none of its name exists. False where PocketBase refuses it, as it does a
+        unique one over duplicates."""
+        answer: Answer | None = None
+        for round_ in range(_ROUNDS):
+            if round_:
+                await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
+            found = await self._read(spec.name)
+            if found is None:
+                return False
+            if index.name(spec.name) in _index_names(found):
+                return True
+            answer = await self._amend(found, [], [index.sql(spec.name)], spec)
+            if answer.status == 400 and b"indexes" in answer.content:
+                break
+        reason = str(await self._client.rejection(answer, "create index")) if answer else "no answer"
+        self._log.warning("index refused; going on without it", index=index.name(spec.name), reason=reason)
+        return False
+
+    async def _read(self, name: str) -> _Collection | None:
+        answer = await self._client.send("GET", f"/api/collections/{name}")
+        if answer.status == 404:
+            return None
+        if not answer.ok:
+            raise await self._client.rejection(answer, f"read collection '{name}'")
+        return msgspec.json.decode(answer.content, type=_Collection)
+
+    def _refuse_foreign(self, found: _Collection, spec: CollectionSpec) -> None:
+        marks = [name for name in _index_names(found) if name.startswith(_MARK)]
+        if spec.mark in marks:  # ours, even where somebody took a column away
+            return
+        if marks:
+            raise ForeignCollection(
+                f"the PocketBase collection '{found.name}' belongs to prefix and name "
+                f"{marks[0].removeprefix(_MARK).replace('__', ' + ')}, not to {spec.owner.replace('__', ' + ')}; "
+                "choose another prefix"
+            )
+        present = {(field.name, field.type) for field in found.columns}
+        lacking = [name for name, type_ in self._system(spec) if (name, type_) not in present]
+        if found.type != "base" or lacking:
+            raise ForeignCollection(
+                f"the PocketBase collection '{found.name}' was not made by pb_cached (it has no columns "
+                f"{named(lacking)}); choose another prefix, or rename that collection"
+            )
+
+    def _system(self, spec: CollectionSpec) -> list[tuple[str, str]]:
+        """Before 0.23 every collection has `created` and `updated`, and does not list them."""
+        older = self._dialect.family == "0.22"
+        return [(name, type_) for name, type_ in spec.system if not (older and type_ == "autodate")]
+
+    def _missing(self, found: _Collection, spec: CollectionSpec) -> list[dict[str, Any]]:
+        names = {field.name.casefold() for field in found.columns}
+        return [field for field in self._fields(spec) if field["name"].casefold() not in names]
+
+    def _fields(self, spec: CollectionSpec) -> list[dict[str, Any]]:
+        older = self._dialect.family == "0.22"
+        system = [_field(name, f"{type_}_{name}", type_, older) for name, type_ in self._system(spec)]
+        return system + [_field(c.name, c.field_id, c.kind.pocketbase_type, older) for c in spec.columns]
+
+    async def _create(self, spec: CollectionSpec) -> Answer:
+        fields = "schema" if self._dialect.family == "0.22" else "fields"
+        body = {
+            "name": spec.name,
+            "type": "base",
+            fields: self._fields(spec),
+            "indexes": list(spec.needed_indexes.values()),
+            **dict.fromkeys(_RULES),
+        }
+        answer = await self._client.send(
+            "POST", "/api/collections", body=msgspec.json.encode(body), repeatable=True
+        )
+        if answer.ok:
+            self._log.info("collection created", collection=spec.name)
+        return answer
+
+    async def _amend(
+        self, found: _Collection, missing: list[dict[str, Any]], indexes: Sequence[str], spec: CollectionSpec
+    ) -> Answer:
+        change: dict[str, Any] = {"indexes": [*found.indexes, *indexes]}
+        change |= dict.fromkeys(_RULES)
+        if self._dialect.family == "0.22":
+            # A full list with ids keeps the data of all that it names.
+            raw = msgspec.json.decode(await self._client.call("GET", f"/api/collections/{spec.name}"))
+            returning = {field["id"] for field in missing}  # renamed columns get their names back
+            change["schema"] = [field for field in raw["schema"] if field["id"] not in returning] + missing
+            path, method = f"/api/collections/{spec.name}", "PATCH"
+        else:
+            # An import keeps the fields that it does not name: the only change that cannot drop a column.
+            change = {
+                "collections": [{"id": found.id, "name": spec.name, "type": "base", "fields": missing} | change],
+                "deleteMissing": False,
+            }
+            path, method = "/api/collections/import", "PUT"
+        return await self._client.send(method, path, body=msgspec.json.encode(change), repeatable=True)
+
+
+def _field(name: str, id_: str, type_: str, older: bool) -> dict[str, Any]:
+    field: dict[str, Any] = {"name": name, "id": id_, "type": type_}
+    if older:
+        field["options"] = {}
+    elif type_ == "text":
+        field["max"] = TEXT_MAX
+    elif type_ == "autodate":
+        field |= {"onCreate": True, "onUpdate": name == "updated"}
+    return field
+
+
+def _layout(found: _Collection, spec: CollectionSpec) -> Layout:
+    kinds: dict[str, Kind] = {}
+    ours = {name for name, _ in spec.system} | {"id", "created"}
+    fields = {column.name for column in spec.columns}
+    for field in found.columns:
+        if field.name in fields and field.type not in ("text", "number", "bool"):
+            raise SchemaError(
+                f"column '{field.name}' of collection '{found.name}' is of PocketBase type '{field.type}', which "
+                "changes what it stores; rename it in the dashboard, and a proper one is added"
+            )
+        marked = field.id.split("_", 1)[0]
+        if marked in Kind.__members__.values():
+            kinds[field.name] = Kind(marked)
+        elif field.type in ("text", "number", "bool"):
+            kinds[field.name] = Kind(field.type)
+    declared = tuple(
+        Column(column.field, column.name, kinds.get(column.name, column.kind)) for column in spec.columns
+    )
+    known = {column.name for column in declared} | ours
+    return Layout(
+        declared,
+        tuple(Column(field_name(name), name, kind) for name, kind in kinds.items() if name not in known),
+    )

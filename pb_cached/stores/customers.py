@@ -1,0 +1,76 @@
+"""Parlant's customer store, with ids that do not repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Literal
+
+from parlant.core.common import IdGenerator, md5_checksum
+from parlant.core.customers import Customer, CustomerDocumentStore, CustomerId
+from parlant.core.persistence.document_database import DocumentDatabase
+from parlant.core.tags import TagId
+
+from pb_cached.stores.held import HoldsItsWrites, held
+from pb_cached.stores.ids import UniqueIds
+
+
+class PocketBaseCustomerStore(HoldsItsWrites, CustomerDocumentStore):
+    """Customers and their tags.
+
+    Args:
+        ids: `unique`: a new customer is a new person, whoever shares the name. `stable`: Parlant's ids, derived
+            from name, extra and tags; a customer that is created again with the same content after a restart is
+            the same customer.
+    """
+
+    def __init__(
+        self,
+        database: DocumentDatabase,
+        allow_migration: bool = False,
+        *,
+        ids: Literal["unique", "stable"] = "unique",
+    ) -> None:
+        super().__init__(UniqueIds(), database, allow_migration)
+        self._stable_ids = IdGenerator() if ids == "stable" else None
+
+    update_customer = held(CustomerDocumentStore.update_customer)
+    delete_customer = held(CustomerDocumentStore.delete_customer)
+    upsert_tag = held(CustomerDocumentStore.upsert_tag)
+    remove_tag = held(CustomerDocumentStore.remove_tag)
+    upsert_extra = held(CustomerDocumentStore.upsert_extra)
+    remove_extra = held(CustomerDocumentStore.remove_extra)
+
+    @held
+    async def create_customer(
+        self,
+        name: str,
+        extra: Mapping[str, str] = {},
+        creation_utc: datetime | None = None,
+        tags: Sequence[TagId] | None = None,
+        id: CustomerId | None = None,
+    ) -> Customer:
+        """Create a customer.
+
+        Raises:
+            ValueError: a customer with this explicit `id` exists.
+        """
+        async with self._lock.writer_lock:
+            if id is None and self._stable_ids is not None:
+                id, known = await self._stable_id(self._stable_ids, name, extra, tags)
+                if known:
+                    for tag in tags or ():
+                        await self.upsert_tag(id, tag)
+                    return await self.read_customer(id)
+            return await super().create_customer(name, extra, creation_utc, tags, id)
+
+    async def _stable_id(
+        self, ids: IdGenerator, name: str, extra: Mapping[str, str], tags: Sequence[TagId] | None
+    ) -> tuple[CustomerId, bool]:
+        """The next id of this content that is free or this customer's already, and which of the two."""
+        checksum = md5_checksum(f"{name}{extra}{tags}")
+        while True:
+            id_ = CustomerId(ids.generate(checksum))
+            document = await self._customers_collection.find_one({"id": {"$eq": id_}})
+            if document is None or document["name"] == name:
+                return id_, document is not None

@@ -1,0 +1,76 @@
+"""Parlant's context variable store, in which a variable that is defined again is the same variable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from parlant.core.common import IdGenerator, md5_checksum
+from parlant.core.context_variables import (
+    ContextVariable,
+    ContextVariableDocumentStore,
+    ContextVariableId,
+)
+from parlant.core.persistence.document_database import DocumentDatabase
+from parlant.core.tags import TagId
+from parlant.core.tools import ToolId
+
+from pb_cached.stores.held import HoldsItsWrites, held
+from pb_cached.stores.ids import UniqueIds
+
+
+class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStore):
+    """Context variables, their tags and their values.
+
+    A script that defines its variables at each start gets the stored ones back, with their values: Parlant's ids
+    follow from the definition. Two equal definitions in one run are still two variables, in the same order after a
+    restart.
+    """
+
+    def __init__(self, database: DocumentDatabase, allow_migration: bool = False) -> None:
+        super().__init__(UniqueIds(), database, allow_migration)
+        self._definitions = IdGenerator()
+
+    update_variable = held(ContextVariableDocumentStore.update_variable)
+    delete_variable = held(ContextVariableDocumentStore.delete_variable)
+    update_value = held(ContextVariableDocumentStore.update_value)
+    delete_value = held(ContextVariableDocumentStore.delete_value)
+    add_variable_tag = held(ContextVariableDocumentStore.add_variable_tag)
+    remove_variable_tag = held(ContextVariableDocumentStore.remove_variable_tag)
+
+    @held
+    async def create_variable(
+        self,
+        name: str,
+        description: str | None = None,
+        creation_utc: datetime | None = None,
+        tool_id: ToolId | None = None,
+        freshness_rules: str | None = None,
+        tags: Sequence[TagId] | None = None,
+    ) -> ContextVariable:
+        """Create a variable, or return the one that was created by the same definition before.
+
+        What was changed about it since, its description say, stays changed. Tags that it lacks are added.
+        """
+        checksum = md5_checksum(f"{name}{description}{tool_id}{freshness_rules}{tags}")
+        async with self._lock.writer_lock:
+            while True:
+                id_ = ContextVariableId(self._definitions.generate(checksum))
+                document = await self._variable_collection.find_one({"id": {"$eq": id_}})
+                # The id does not tell name "ab" with description "c" from "a" with "bc": the name does.
+                if document is None or document["name"] == name:
+                    break
+            if document is None:
+                variable = ContextVariable(
+                    id=id_,
+                    name=name,
+                    description=description,
+                    creation_utc=creation_utc or datetime.now(UTC),
+                    tool_id=tool_id,
+                    freshness_rules=freshness_rules,
+                    tags=[],
+                )
+                await self._variable_collection.insert_one(self._serialize_context_variable(variable))
+            for tag in tags or ():
+                await self.add_variable_tag(id_, tag)
+            return await self.read_variable(id_)

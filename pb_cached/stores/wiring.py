@@ -1,0 +1,149 @@
+"""`open_stores`: everything that a Parlant server needs, opened in order and closed in reverse.
+
+One database per store, as each store opens a collection called `metadata`. All of them share one connection.
+"""
+
+# The container's keys are Parlant's abstract classes.
+# mypy: disable-error-code="type-abstract"
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from parlant.adapters.db.transient import TransientDocumentDatabase
+from parlant.core.agents import AgentStore
+from parlant.core.context_variables import ContextVariableStore
+from parlant.core.customers import CustomerStore
+from parlant.core.emission.event_publisher import EventPublisherFactory
+from parlant.core.emissions import EventEmitterFactory
+from parlant.core.loggers import Logger
+from parlant.core.nlp.service import NLPService
+from parlant.core.services.tools.service_registry import ServiceDocumentRegistry, ServiceRegistry
+from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
+from parlant.core.tracer import Tracer
+
+from pb_cached.config import Config, environment_is_silent, find_url
+from pb_cached.database import PocketBaseDocumentDatabase
+from pb_cached.errors import ConfigError, EmbeddedServerError
+from pb_cached.pocketbase.server import PocketBaseServer
+from pb_cached.stores.customers import PocketBaseCustomerStore
+from pb_cached.stores.sessions import PocketBaseSessionStore
+from pb_cached.stores.variables import PocketBaseContextVariableStore
+from pb_cached.telemetry import log_through
+
+if TYPE_CHECKING:
+    from lagom import Container
+
+
+class Stores:
+    """The open stores, and how to hand them to `p.Server`."""
+
+    def __init__(
+        self,
+        session_store: PocketBaseSessionStore,
+        customer_store: PocketBaseCustomerStore,
+        variable_store: PocketBaseContextVariableStore,
+        stack: AsyncExitStack,
+    ) -> None:
+        self.session_store = session_store
+        self.customer_store = customer_store
+        self.variable_store = variable_store
+        self.session_listener: SessionListener = PollingSessionListener(session_store)
+        self._stack = stack
+
+    def server_args(self) -> dict[str, Any]:
+        """The arguments that make `p.Server(**stores.server_args())` keep its conversations here."""
+        return {
+            "session_store": self.session_store,
+            "customer_store": self.customer_store,
+            "variable_store": self.variable_store,
+            "configure_container": self._configure_listener,
+        }
+
+    async def _configure_listener(self, container: Container) -> Container:
+        container[SessionListener] = self.session_listener
+        return container
+
+    async def configure_container(self, container: Container) -> Container:
+        """The older wiring, `p.Server(configure_container=stores.configure_container)`: rebinds whatever holds the
+        stores that Parlant made before.
+
+        The service registry holds the emitter of the old session store, by which tools emit events, and is
+        replaced by one that holds ours. That must be done before tool services are registered in it.
+        """
+        container[SessionStore] = self.session_store
+        container[CustomerStore] = self.customer_store
+        container[ContextVariableStore] = self.variable_store
+        container[EventEmitterFactory] = EventPublisherFactory(container[AgentStore], self.session_store)
+        container[ServiceRegistry] = await self._stack.enter_async_context(
+            ServiceDocumentRegistry(
+                database=TransientDocumentDatabase(),
+                event_emitter_factory=container[EventEmitterFactory],
+                logger=container[Logger],
+                tracer=container[Tracer],
+                nlp_services_provider=lambda: {"__nlp__": container[NLPService]},
+                allow_migration=False,
+            )
+        )
+        return await self._configure_listener(container)
+
+
+@asynccontextmanager
+async def open_stores(
+    config: Config | str | os.PathLike[str] | None = None,
+    *,
+    logger: Any = None,
+    connection_params: Mapping[str, Any] | None = None,
+    http_client: httpx.AsyncClient | None = None,
+) -> AsyncIterator[Stores]:
+    """Open the three stores that Parlant persists conversations in.
+
+    With no URL configured anywhere and no `POCKETBASE_*` variable set, an embedded PocketBase is started, and its
+    data lies in `data_dir` of `[pocketbase]`.
+
+    Args:
+        config: a `Config`, a TOML file, or None for the file that `PB_CACHED_CONFIG` names, or the defaults.
+        logger: Parlant's, structlog's or the standard library's; None for our own.
+        connection_params: as for `PocketBaseDocumentDatabase`.
+        http_client: used as it is, and never closed.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        MigrationRequired: (Parlant's) the data is an older version's, and `migrate` under `[stores]` is off.
+        PBCachedError: PocketBase cannot be used.
+    """
+    settings = config if isinstance(config, Config) else Config.load(config)
+    log = log_through(logger, settings.logging)
+    async with AsyncExitStack() as stack:
+        if find_url(settings, connection_params) is None and connection_params is None and environment_is_silent():
+            try:
+                server = await stack.enter_async_context(PocketBaseServer(settings.pocketbase.data_dir, log=log))
+            except EmbeddedServerError as error:
+                raise ConfigError(
+                    "no PocketBase URL is configured (POCKETBASE_URL, or url under [pocketbase]), "
+                    f"and the embedded PocketBase cannot be used: {error}"
+                ) from error
+            connection_params = server.connection_params
+
+        async def database(prefix: str) -> PocketBaseDocumentDatabase:
+            return await stack.enter_async_context(
+                PocketBaseDocumentDatabase(
+                    logger if logger is not None else log,
+                    connection_params,
+                    collection_prefix=prefix,
+                    http_client=http_client,
+                    config=settings,
+                )
+            )
+
+        of = settings.stores
+        sessions = PocketBaseSessionStore(await database(of.session_prefix), of.migrate)
+        customers = PocketBaseCustomerStore(await database(of.customer_prefix), of.migrate, ids=of.customer_ids)
+        variables = PocketBaseContextVariableStore(await database(of.variable_prefix), of.migrate)
+        for store in (sessions, customers, variables):
+            await stack.enter_async_context(store)
+        yield Stores(sessions, customers, variables, stack)

@@ -1,0 +1,194 @@
+"""Group commit: what is queued while a commit is under way becomes the next one.
+
+No timers: a lone write is sent at once, a hundred writers share a commit, and how many share one follows from
+how long the one before takes. One commit is in flight at a time, so the writes of a log are applied in the
+order in which they were submitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from pb_cached.config import WriteSettings
+from pb_cached.errors import DocumentTooLarge, NotCommitted, PBCachedError
+from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge
+from pb_cached.telemetry import Log
+
+TRIM_EVERY: Final = 1000
+"""Commits between two trims of the log."""
+
+Outcome = asyncio.Future[list[Reply]]
+
+
+class _Write:
+    """Operations that succeed or fail together, and whom to tell."""
+
+    __slots__ = ("operations", "outcome", "size")
+
+    def __init__(self, operations: Sequence[Operation], outcome: Outcome) -> None:
+        self.operations = operations
+        self.outcome = outcome
+        self.size = sum(operation.size for operation in operations)
+
+    def succeed(self, replies: list[Reply]) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(replies)
+
+    def fail(self, error: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+            self.outcome.exception()  # a cancelled caller is no reason for a warning
+
+
+class Committer:
+    """The queue of one log, and the one task that empties it.
+
+    Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
+    is something to do), `_closed`. All of it is changed between awaits only.
+    """
+
+    def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
+        self._path = path
+        self._settings = settings
+        self._log = log
+        self._queue: deque[_Write] = deque()
+        self._current: list[_Write] = []
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._commits = 0
+
+    async def write(self, *operations: Operation) -> list[Reply]:
+        """Commit these operations, all or none of them, and return PocketBase's replies in their order.
+
+        Cancelling the caller does not take the write back: it is committed all the same.
+
+        Raises:
+            RequestRejected: or a subclass: PocketBase refused one of the operations.
+            OutcomeUnknown, PocketBaseUnavailable: no answer until the deadline.
+            NotCommitted: the committer was closed.
+        """
+        if self._closed:
+            raise NotCommitted("the database is closed; nothing was written")
+        outcome: Outcome = asyncio.get_running_loop().create_future()
+        self._queue.append(_Write(operations, outcome))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        return await asyncio.shield(outcome)
+
+    async def flush(self) -> None:
+        """Return when every write submitted so far is decided, one way or the other."""
+        waiting = [write.outcome for write in (*self._current, *self._queue)]
+        if waiting:
+            await asyncio.wait(waiting)
+
+    async def close(self) -> None:
+        """Take no more writes, and commit those that are queued.
+
+        Raises:
+            NotCommitted: some were not committed within `close_timeout`; names their number and collections.
+        """
+        self._closed = True
+        if self._task is None:
+            return
+        done, _ = await asyncio.wait([self._task], timeout=self._settings.close_timeout)
+        if done:
+            return
+        unsent, sent = list(self._queue), list(self._current)
+        self._queue.clear()
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        error = NotCommitted(
+            f"closing took longer than {self._settings.close_timeout:g} s: {len(unsent)} writes were never sent "
+            f"({_summary(unsent)}), and of {len(sent)} it is unknown whether they were applied ({_summary(sent)})"
+        )
+        for write in (*unsent, *sent):
+            write.fail(error)
+        raise error
+
+    async def trim(self) -> None:
+        """Forget the records of old commits. Its failure is no reason to stop."""
+        try:
+            await self._path.trim(time.time() - self._settings.log_retention)
+        except PBCachedError as error:
+            self._log.warning("log not trimmed", reason=str(error))
+
+    async def _run(self) -> None:
+        # Everything that the tasks ready now submit shares the first commit.
+        await asyncio.sleep(0)
+        try:
+            while self._queue:
+                self._current = self._next()
+                await self._commit(self._current)
+                self._current = []
+                self._commits += 1
+                if self._commits % TRIM_EVERY == 0:
+                    await self.trim()
+        finally:
+            self._task = None
+
+    def _next(self) -> list[_Write]:
+        """The writes at the head of the queue that fit into one commit; at least one."""
+        most = min(self._settings.max_commit_records, self._path.max_operations)
+        most_bytes = min(self._settings.max_commit_bytes, self._path.max_bytes)
+        taken: list[_Write] = []
+        count = size = 0
+        while self._queue:
+            write = self._queue[0]
+            count += len(write.operations)
+            size += write.size
+            if taken and (count > most or size > most_bytes):
+                break
+            taken.append(self._queue.popleft())
+        return taken
+
+    async def _commit(self, writes: list[_Write]) -> None:
+        """Decide every one of these writes. What PocketBase refuses fails alone, the rest is committed anew."""
+        while writes:
+            operations = [operation for write in writes for operation in write.operations]
+            try:
+                replies = iter(await self._path.commit(operations, deadline=self._settings.deadline))
+            except Refused as refusal:
+                culprit = _owner(writes, refusal.index)
+                culprit.fail(refusal.error)
+                writes = [write for write in writes if write is not culprit]
+                continue
+            except TooLarge:
+                if len(writes) > 1:
+                    middle = len(writes) // 2
+                    await self._commit(writes[:middle])
+                    writes = writes[middle:]
+                    continue
+                writes[0].fail(
+                    DocumentTooLarge(
+                        f"PocketBase takes no request of about {writes[0].size:,} bytes; nothing written"
+                    )
+                )
+            except PBCachedError as error:
+                for write in writes:
+                    write.fail(error)
+            except Exception as error:
+                # A bug of ours or of a library must not leave callers waiting for ever.
+                self._log.error("commit failed unexpectedly", error=repr(error))
+                for write in writes:
+                    write.fail(error)
+            else:
+                for write in writes:
+                    write.succeed([next(replies) for _ in write.operations])
+            return
+
+
+def _owner(writes: Sequence[_Write], index: int) -> _Write:
+    for write in writes:
+        if index < len(write.operations):
+            return write
+        index -= len(write.operations)
+    raise IndexError(index)
+
+
+def _summary(writes: Sequence[_Write]) -> str:
+    collections = sorted({operation.collection for write in writes for operation in write.operations})
+    return ", ".join(collections) or "none"

@@ -1,0 +1,68 @@
+"""Fixtures: real PocketBase servers on loopback, and databases on them under prefixes of their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def silent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on what the machine's environment says about PocketBase."""
+    for name in (
+        "POCKETBASE_URL",
+        "POCKETBASE_ADMIN_TOKEN",
+        "POCKETBASE_ADMIN_EMAIL",
+        "POCKETBASE_ADMIN_PASSWORD",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("PB_CACHED_CONFIG", raising=False)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def pocketbase(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[PocketBaseServer]:
+    """One server for all tests that leave it running."""
+    async with PocketBaseServer(tmp_path_factory.mktemp("pocketbase")) as server:
+        yield server
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A collection prefix that no other test uses."""
+    return f"test{next(_numbers)}"
+
+
+DatabaseMaker = Callable[..., PocketBaseDocumentDatabase]
+
+
+@pytest.fixture
+def make_database(pocketbase: PocketBaseServer, prefix: str) -> DatabaseMaker:
+    """Makes databases of this test's prefix; several of them stand for several openings, or several servers."""
+
+    def make(**options: Any) -> PocketBaseDocumentDatabase:
+        options.setdefault("collection_prefix", prefix)
+        options.setdefault("config", Config())
+        params = options.pop("connection_params", pocketbase.connection_params)
+        return PocketBaseDocumentDatabase(options.pop("logger", None), params, **options)
+
+    return make
+
+
+@pytest_asyncio.fixture
+async def database(make_database: DatabaseMaker) -> AsyncIterator[PocketBaseDocumentDatabase]:
+    async with make_database() as opened:
+        yield opened
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path

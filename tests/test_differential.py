@@ -1,0 +1,218 @@
+"""Any sequence of operations, any filter: the answers are those of Parlant's in-memory database (design: rule 8)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from parlant.adapters.db.transient import TransientDocumentDatabase
+from parlant.core.persistence.common import SortDirection, Where
+from parlant.core.persistence.document_database import DocumentCollection, identity_loader_for
+
+from pb_cached import PocketBaseDocumentDatabase
+from pb_cached.cache.predicate import compile_where
+from tests.conftest import DatabaseMaker
+from tests.strategies import FIELDS, Sample, json_values, operands, plain_documents, wheres, wild_documents
+from tests.test_codec import same, same_document
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+BOUNDED = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture
+def runner() -> Any:
+    with asyncio.Runner() as made:
+        yield made
+
+
+class TotalOracle:
+    """Parlant's in-memory collection with its crashes mended as the predicate mends them.
+
+    It raises where a document lacks the field of a filter, or holds a value of another type; everything else,
+    the order of results, cursors, totals and merging, is Parlant's own code.
+    """
+
+    def __init__(self, collection: DocumentCollection[Sample]) -> None:
+        self.collection: Any = collection
+
+    def __enter__(self) -> DocumentCollection[Sample]:
+        import parlant.adapters.db.transient as transient
+
+        self._original = transient.matches_filters
+        transient.matches_filters = lambda where, document: compile_where(where)(document)  # type: ignore
+        return self.collection  # type: ignore[no-any-return]
+
+    def __exit__(self, *_: object) -> None:
+        import parlant.adapters.db.transient as transient
+
+        transient.matches_filters = self._original  # type: ignore[attr-defined]
+
+
+class Databases(RuleBasedStateMachine):
+    """The same operations on both; every answer and every document must be the same."""
+
+    run: Run
+    make: Callable[[], PocketBaseDocumentDatabase]
+
+    @initialize()
+    def open(self) -> None:
+        self.database = self.run(self.make().__aenter__())
+        name = f"c{self.run(self._count())}"
+        loader = identity_loader_for(Sample)
+        self.ours = self.run(self.database.get_or_create_collection(name, Sample, loader))
+        self.oracle = TotalOracle(
+            self.run(TransientDocumentDatabase().get_or_create_collection(name, Sample, loader))
+        )
+
+    _collections = 0
+
+    async def _count(self) -> int:
+        Databases._collections += 1
+        return Databases._collections
+
+    def both(self, call: Callable[[DocumentCollection[Sample]], Coroutine[Any, Any, Any]]) -> tuple[Any, Any]:
+        ours = self.run(call(self.ours))
+        with self.oracle as collection:
+            return ours, self.run(call(collection))
+
+    @rule(document=plain_documents | wild_documents)
+    def insert(self, document: Any) -> None:
+        self.both(lambda collection: collection.insert_one(dict(document)))  # type: ignore[arg-type]
+
+    @rule(where=wheres, params=st.dictionaries(st.sampled_from([*FIELDS, "new"]), json_values, max_size=3))
+    def update(self, where: Where, params: Any) -> None:
+        params = {k: v for k, v in params.items() if k not in ("id", "creation_utc", "version")}
+        ours, theirs = self.both(lambda collection: collection.update_one(where, dict(params)))  # type: ignore[arg-type]
+        assert ours.matched_count == theirs.matched_count
+        self.same_optional(ours.updated_document, theirs.updated_document)
+
+    @rule(where=wheres, document=plain_documents)
+    def upsert(self, where: Where, document: Any) -> None:
+        ours, theirs = self.both(lambda collection: collection.update_one(where, dict(document), upsert=True))
+        assert ours.matched_count == theirs.matched_count
+        self.same_optional(ours.updated_document, theirs.updated_document)
+
+    @rule(where=wheres)
+    def delete(self, where: Where) -> None:
+        ours, theirs = self.both(lambda collection: collection.delete_one(where))
+        assert ours.deleted_count == theirs.deleted_count
+        self.same_optional(ours.deleted_document, theirs.deleted_document)
+
+    @rule(where=wheres, direction=st.sampled_from([None, SortDirection.ASC, SortDirection.DESC]))
+    def find(self, where: Where, direction: SortDirection | None) -> None:
+        ours, theirs = self.both(lambda collection: collection.find(where, sort_direction=direction))
+        self.same_result(ours, theirs)
+
+    @rule(
+        where=wheres | st.just({}),
+        limit=st.integers(0, 4),
+        direction=st.sampled_from([SortDirection.ASC, SortDirection.DESC]),
+    )
+    def page_through(self, where: Where, limit: int, direction: SortDirection) -> None:
+        cursor = None
+        for _ in range(4):
+            ours, theirs = self.both(
+                lambda collection, at=cursor: collection.find(where, limit, at, direction)  # type: ignore[misc]
+            )
+            self.same_result(ours, theirs)
+            cursor = ours.next_cursor
+            if cursor is None:
+                break
+
+    @rule(where=wheres)
+    def find_one(self, where: Where) -> None:
+        ours, theirs = self.both(lambda collection: collection.find_one(where))
+        self.same_optional(ours, theirs)
+
+    @rule(
+        where=st.dictionaries(st.sampled_from(["name", "deleted"]), st.fixed_dictionaries({"$ne": operands})),
+        directions=st.lists(
+            st.tuples(
+                st.sampled_from(["creation_utc", "id", "version"]),
+                st.sampled_from([SortDirection.ASC, SortDirection.DESC]),
+            ),
+            min_size=1,
+            max_size=3,
+        ),
+    )
+    def find_one_sorted(self, where: Where, directions: Any) -> None:
+        ours, theirs = self.both(lambda collection: collection.find_one(where, directions))
+        self.same_optional(ours, theirs)
+
+    def same_result(self, ours: Any, theirs: Any) -> None:
+        assert len(ours.items) == len(theirs.items)
+        for one, other in zip(ours.items, theirs.items, strict=True):
+            assert same_document(one, other)
+        assert (ours.total_count, ours.has_more, ours.next_cursor) == (
+            theirs.total_count, theirs.has_more, theirs.next_cursor,
+        )  # fmt: skip
+
+    @staticmethod
+    def same_optional(ours: Any, theirs: Any) -> None:
+        assert (ours is None) == (theirs is None)
+        assert ours is None or same_document(ours, theirs)
+
+    def teardown(self) -> None:
+        if hasattr(self, "database"):
+            self.run(self.database.delete_collection(self.ours.codec.collection.rpartition("_")[2]))
+            self.run(self.database.__aexit__(None, None, None))
+
+
+@pytest.mark.slow
+def test_any_sequence_of_operations_answers_as_parlants_own(make_database: DatabaseMaker, runner: Any) -> None:
+    class Machine(Databases):
+        run = staticmethod(runner.run)
+        make = staticmethod(make_database)
+
+    run_state_machine_as_test(Machine, settings=settings(BOUNDED, max_examples=40, stateful_step_count=25))
+
+
+@pytest.mark.slow
+def test_any_filter_finds_what_the_predicate_finds(make_database: DatabaseMaker, runner: Any) -> None:
+    """Over one hostile set of documents: filters narrow, and never too far."""
+    documents: list[dict[str, Any]] = []
+    database = runner.run(make_database().__aenter__())
+    collection = runner.run(database.get_or_create_collection("samples", Sample, identity_loader_for(Sample)))
+
+    @settings(BOUNDED, max_examples=120)
+    @given(plain_documents | wild_documents)
+    def fill(document: dict[str, Any]) -> None:
+        runner.run(collection.insert_one(document))
+        documents.append(document)
+
+    fill()
+
+    @settings(BOUNDED, max_examples=400)
+    @given(wheres, st.data())
+    def check(where: dict[str, Any], data: Any) -> None:
+        if data.draw(st.booleans()):  # ask for what is really there
+            field = data.draw(st.sampled_from(FIELDS))
+            held = data.draw(st.sampled_from(documents)).get(field)
+            if not isinstance(held, dict | list):
+                name = data.draw(st.sampled_from(["$eq", "$ne", "$gt", "$gte", "$lt", "$lte"]))
+                where = {"$and": [{field: {name: held}}, where]}
+        matches = compile_where(where)
+        expected = [document for document in documents if matches(document)]
+        note(f"filters: {collection.filters.narrow(where)}")
+        found = runner.run(collection.find(where))
+        assert found.total_count == len(expected)
+        order = [(d["creation_utc"], d["id"]) for d in found.items]
+        assert order == sorted(order)
+        page = runner.run(collection.find(where, limit=3))
+        assert page.total_count == len(expected)
+        assert all(same(one, other) for one, other in zip(page.items, found.items, strict=False))
+        first = runner.run(collection.find_one(where))
+        assert first is None if not expected else same_document(first, expected[0])
+
+    check()
+    runner.run(database.__aexit__(None, None, None))
