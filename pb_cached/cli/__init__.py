@@ -1,0 +1,33 @@
+"""The command line, `pb-cached`. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pb_cached")
+def main() -> None:
+    """Parlant's conversations in PocketBase."""
+
+
+@main.command()
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Leave the data in this folder, which must be empty or new.",
+)
+@click.option(
+    "--turns", type=click.IntRange(1, 100), default=3, show_default=True, help="Turns before the restart."
+)
+def demo(keep: Path | None, turns: int) -> None:
+    """Hold a conversation, stop everything, start again, and continue it.
+
+    Starts a real PocketBase and a real Parlant server, whose language model is replaced by a deterministic one: it
+    needs no key and no network. Ends with 0 if everything was the same after the restart, and with 1 if not.
+    """
+    from pb_cached.cli.demo import run
+
+    raise SystemExit(run(keep, turns))

@@ -1,0 +1,3 @@
+from pb_cached.cli import main
+
+main()
