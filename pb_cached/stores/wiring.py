@@ -22,7 +22,6 @@ from parlant.core.emission.event_publisher import EventPublisherFactory
 from parlant.core.emissions import EventEmitterFactory
 from parlant.core.loggers import Logger
 from parlant.core.nlp.service import NLPService
-from parlant.core.services.tools.service_registry import ServiceDocumentRegistry, ServiceRegistry
 from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
@@ -75,6 +74,9 @@ class Stores:
         The service registry holds the emitter of the old session store, by which tools emit events, and is
         replaced by one that holds ours. That must be done before tool services are registered in it.
         """
+        # Imports for more than a second, which nobody else should wait for.
+        from parlant.core.services.tools.service_registry import ServiceDocumentRegistry, ServiceRegistry
+
         container[SessionStore] = self.session_store
         container[CustomerStore] = self.customer_store
         container[ContextVariableStore] = self.variable_store

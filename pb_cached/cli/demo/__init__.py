@@ -68,17 +68,17 @@ async def _demonstrate(folder: Path, turns: int, kept: bool, show: Show) -> int:
     async with contextlib.AsyncExitStack() as first:
         with show.phase("start PocketBase") as phase:
             pocketbase = await first.enter_async_context(PocketBaseServer(data, log=quiet))
-            phase.note(pocketbase.url)
-        with show.phase("start Parlant, with its stores in PocketBase") as phase:
+            phase.note(httpx.URL(pocketbase.url).netloc.decode())
+        with show.phase("start Parlant, its stores in PocketBase") as phase:
             parlant = await first.enter_async_context(ParlantProcess(folder, pocketbase.connection_params))
-            phase.note(parlant.url)
+            phase.note(httpx.URL(parlant.url).netloc.decode())
         conversation = await first.enter_async_context(Conversation.begin(parlant.url))
-        with show.phase("a tagged customer, a variable with two values, a session"):
+        with show.phase("a tagged customer, two values, a session"):
             await conversation.prepare()
         for number in range(1, turns + 1):
             await _turn(conversation, number, show)
         with show.phase("remember everything that is stored"):
-            before = await conversation.snapshot(pocketbase.connection_params)
+            before = await conversation.settled(pocketbase.connection_params)
         with show.phase("stop Parlant, then PocketBase"):
             await first.aclose()
     async with contextlib.AsyncExitStack() as second:

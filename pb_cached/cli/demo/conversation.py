@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,11 +13,12 @@ import httpx
 from pb_cached.cli.demo.server import AGENT, TAG, VARIABLE
 
 TURN_SECONDS: Final = 30.0
+SETTLE_SECONDS: Final = 0.1
 
 MESSAGES: Final = (
     "I lost my umbrella on the 8:15 to Lindau.",
     "It is green, with a wooden handle.",
-    "The name \u201eIda\u201d is carved into it; 9007199254740993 times, it seems.",
+    "The name \u201eIda\u201c is carved into it; 9007199254740993 times, it seems.",
     "Did somebody find it?",
 )
 
@@ -73,7 +75,10 @@ class Conversation:
         )
 
     async def turn(self, number: int) -> tuple[str, str]:
-        """Say something, and return it with the reply, when the agent has finished its turn."""
+        """Say something, and return it with the reply, when the agent has finished its turn.
+
+        A `completed` before the reply is the end of the turn before, whose last steps this message may cut short.
+        """
         said = MESSAGES[(number - 1) % len(MESSAGES)]
         event = await self._send(
             "POST",
@@ -88,12 +93,24 @@ class Conversation:
                 after = found["offset"] + 1
                 if found["kind"] == "message" and found["source"] == "ai_agent":
                     reply = found["data"]["message"]
-                if found["kind"] == "status" and (found["data"].get("data") or {}).get("stage") == "completed":
+                if reply and _completes_a_turn(found):
                     return said, reply
         raise TimeoutError(f"the agent did not finish its turn within {TURN_SECONDS:g} s")
 
     async def offsets(self) -> list[int]:
         return [event["offset"] for event in await self._events()]
+
+    async def settled(self, pocketbase: Mapping[str, str]) -> Snapshot:
+        """The snapshot once it stays the same: the agent writes down its state after its turn is completed."""
+        end = time.monotonic() + TURN_SECONDS
+        last = await self.snapshot(pocketbase)
+        while time.monotonic() < end:
+            await asyncio.sleep(SETTLE_SECONDS)
+            now = await self.snapshot(pocketbase)
+            if now == last:
+                return now
+            last = now
+        raise TimeoutError(f"what is stored went on changing for {TURN_SECONDS:g} s after the last turn")
 
     async def snapshot(self, pocketbase: Mapping[str, str]) -> Snapshot:
         """Everything that is stored, as the API tells it, and as PocketBase has it, record by record."""
@@ -160,6 +177,10 @@ async def _records(pocketbase: Mapping[str, str]) -> dict[str, Any]:
                 page = (await http.get(path, params={"perPage": 500, "sort": "id"})).raise_for_status().json()
                 records |= {f"{name}/{record['id']}": record for record in page["items"]}
     return records
+
+
+def _completes_a_turn(event: Mapping[str, Any]) -> bool:
+    return event["kind"] == "status" and (event["data"].get("data") or {}).get("stage") == "completed"
 
 
 def _named(items: list[Any], name: str) -> Any:

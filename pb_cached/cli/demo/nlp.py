@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast, get_args, get_origin
 
-from parlant.core.engines.alpha.prompt_builder import PromptBuilder
+from parlant.core.engines.alpha.prompt_builder import BuiltInSection, PromptBuilder
 from parlant.core.nlp.embedding import Embedder, EmbeddingResult
 from parlant.core.nlp.generation import SchematicGenerationResult, SchematicGenerator, StreamingTextGenerator
 from parlant.core.nlp.generation_info import GenerationInfo, UsageInfo
@@ -45,12 +45,12 @@ class Generator(SchematicGenerator[T], Generic[T]):
     async def generate(
         self,
         prompt: str | PromptBuilder,
-        hints: Mapping[str, Any] = {},  # noqa: B006 - Parlant's signature
+        hints: Mapping[str, Any] = {},
     ) -> SchematicGenerationResult[T]:
         text = prompt if isinstance(prompt, str) else prompt.build()
         values = _least(self.schema)
         if _REPLY_FIELD in self.schema.model_fields:
-            values[_REPLY_FIELD] = reply_to(text)
+            values[_REPLY_FIELD] = reply_to([] if isinstance(prompt, str) else _history(prompt))
         return SchematicGenerationResult(
             content=self.schema.model_validate(values),
             info=GenerationInfo(self.schema.__name__, self.id, 0.0, UsageInfo(len(text) // 4, 1)),
@@ -76,7 +76,7 @@ class HashEmbedder(Embedder):
     """Vectors out of a hash. Parlant's container makes it without arguments."""
 
     @override
-    async def embed(self, texts: list[str], hints: Mapping[str, Any] = {}) -> EmbeddingResult:  # noqa: B006
+    async def embed(self, texts: list[str], hints: Mapping[str, Any] = {}) -> EmbeddingResult:
         digests = (hashlib.sha256(text.encode()).digest()[:_DIMENSIONS] for text in texts)
         return EmbeddingResult(vectors=[[(byte + 1) / 256 for byte in digest] for digest in digests])
 
@@ -133,23 +133,22 @@ class DeterministicNLP(NLPService):
         return NoModeration()
 
 
-def reply_to(prompt: str) -> str:
-    """The reply that follows from the customer's messages in the prompt."""
-    said = list(_customer_messages(prompt))
+def reply_to(said: Sequence[str]) -> str:
+    """The reply that follows from what the customer has said so far."""
     if not said:
         return "Hello."
     return f'Turn {len(said)}. You said "{said[-1]}"; your first words were "{said[0]}".'
 
 
-def _customer_messages(prompt: str) -> Iterator[str]:
-    """Parlant writes each event of the history as a JSON object."""
-    decoder = json.JSONDecoder()
-    position = prompt.find('{"event_kind"')
-    while position >= 0:
-        event, position = decoder.raw_decode(prompt, position)
-        if event["event_kind"] == "message" and event["event_source"] == "user":
-            yield str(event["data"]["message"])
-        position = prompt.find('{"event_kind"', position)
+def _history(prompt: PromptBuilder) -> list[str]:
+    """The customer's messages. Parlant hands each event of the history over as a JSON text."""
+    section = prompt.sections.get(BuiltInSection.INTERACTION_HISTORY)
+    events = [json.loads(text) for text in section.props.get("interaction_events", ())] if section else []
+    return [
+        str(event["data"]["message"])
+        for event in events
+        if event["event_kind"] == "message" and event["event_source"] == "user"
+    ]
 
 
 def _least(schema: type[BaseModel]) -> dict[str, Any]:

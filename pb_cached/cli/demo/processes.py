@@ -54,7 +54,9 @@ class ParlantProcess:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("POCKETBASE_")},
             **{_NAMES[key]: value for key, value in self._params.items()},
-            **{PORT: str(port), TOOL_PORT: str(tool_port), "PARLANT_HOME": str(home)},
+            PORT: str(port),
+            TOOL_PORT: str(tool_port),
+            "PARLANT_HOME": str(home),
         }
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(

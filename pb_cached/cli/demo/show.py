@@ -27,9 +27,8 @@ class Show:
         self._console = Console(highlight=False)
 
     def title(self, folder: Path) -> None:
-        self._console.print(
-            Panel(f"A Parlant server on PocketBase, stopped and resumed\n[dim]{escape(str(folder))}[/]")
-        )
+        title = f"A Parlant server on PocketBase, stopped and resumed\n[dim]{escape(str(folder))}[/]"
+        self._console.print(Panel(title, expand=False))
 
     @contextmanager
     def phase(self, what: str) -> Iterator[Phase]:
@@ -38,11 +37,16 @@ class Show:
         with self._console.status(f"{what} ..."):
             yield phase
         seconds = time.perf_counter() - started
-        self._console.print(f"[green]✓[/] {what:<58}[cyan]{seconds * 1000:8,.0f} ms[/]{phase.text}")
+        self._console.print(f"[green]✓[/] {what:<44}[cyan]{seconds * 1000:8,.0f} ms[/]{phase.text}")
 
     def turn(self, said: str, reply: str, seconds: float) -> None:
-        self._console.print(f"    [bold]customer[/]  {escape(said)}")
-        self._console.print(f"    [bold magenta]agent[/]     {escape(reply)}  [cyan]{seconds * 1000:,.0f} ms[/]")
+        lines = Table.grid(padding=(0, 2), expand=True)
+        lines.add_column(width=10, justify="right")
+        lines.add_column(ratio=1)
+        lines.add_column(width=10, justify="right")
+        lines.add_row("[bold]customer[/]", escape(said), "")
+        lines.add_row("[bold magenta]agent[/]", escape(reply), f"[cyan]{seconds * 1000:,.0f} ms[/]")
+        self._console.print(lines)
 
     def comparison(
         self, before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]], different: list[str]
@@ -63,10 +67,10 @@ class Show:
     def verdict(self, same: bool, events: int, kept: Path | None) -> None:
         if same:
             self._console.print(
-                f"[bold green]The conversation went on where it had stopped: {events} events, none lost, none changed.[/]"
+                f"[bold green]The conversation went on: {events} events, none lost, none changed.[/]"
             )
         else:
-            self._console.print("[bold red]Something is not as it was before the restart.[/]")
+            self._console.print("[bold red]Not everything is as it was before the restart.[/]")
         if kept is not None:
             self._console.print(
                 f"The data is in {escape(str(kept))}. To look at it: pocketbase serve "
