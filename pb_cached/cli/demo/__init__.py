@@ -25,7 +25,7 @@ _EXTRAS = ("fastapi", "filelock")
 
 
 def run(keep: Path | None, turns: int) -> int:
-    """The exit code: 0 if all is as it should be, 1 if not, 130 after Ctrl-C."""
+    """The exit code: 0 if all is as it should be, 1 if not, 130 after Ctrl-C or SIGTERM."""
     show = Show()
     if missing := [name for name in _EXTRAS if importlib.util.find_spec(name) is None]:
         show.failure(f"the demo needs {', '.join(missing)}: pip install 'pb_cached[embedded,demo]'")
@@ -36,7 +36,7 @@ def run(keep: Path | None, turns: int) -> int:
     folder = keep.absolute() if keep is not None else Path(tempfile.mkdtemp(prefix="pb-cached-demo-"))
     try:
         return asyncio.run(_run(folder, turns, keep is not None, show))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         show.failure("interrupted")
         return 130
     finally:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast, get_args, get_origin
 
+from parlant.core.common import DefaultBaseModel
 from parlant.core.engines.alpha.prompt_builder import BuiltInSection, PromptBuilder
 from parlant.core.nlp.embedding import Embedder, EmbeddingResult
 from parlant.core.nlp.generation import SchematicGenerationResult, SchematicGenerator, StreamingTextGenerator
@@ -26,7 +27,7 @@ from parlant.core.nlp.tokenization import EstimatingTokenizer
 from pydantic import BaseModel
 from typing_extensions import override
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound=DefaultBaseModel)
 
 _REPLY_FIELD = "response_body"  # of the schema by which the SDK's default composition mode drafts a reply
 _DIMENSIONS = 16

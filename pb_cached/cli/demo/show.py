@@ -62,7 +62,7 @@ class Show:
             )
         self._console.print(table)
         for line in different:
-            self._console.print(f"[red]✗[/] {escape(line)}")
+            self._console.print(f"[red]✗[/] {escape(line)}", soft_wrap=True)
 
     def verdict(self, same: bool, events: int, kept: Path | None) -> None:
         if same:
@@ -74,10 +74,11 @@ class Show:
         if kept is not None:
             self._console.print(
                 f"The data is in {escape(str(kept))}. To look at it: pocketbase serve "
-                f"--dir={escape(str(kept / 'pocketbase' / 'pb_data'))}"
+                f"--dir={escape(str(kept / 'pocketbase' / 'pb_data'))}",
+                soft_wrap=True,
             )
 
     def failure(self, why: str, details: str = "") -> None:
-        self._console.print(f"[bold red]✗ {escape(why)}[/]")
+        self._console.print(f"[bold red]✗ {escape(why)}[/]", soft_wrap=True)
         if details:
-            self._console.print(escape(details), style="dim")
+            self._console.print(escape(details), style="dim", soft_wrap=True)

@@ -1,0 +1,182 @@
+"""`pb-cached demo` as a user runs it: it passes, it notices a difference, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from pb_cached import PocketBaseServer
+from pb_cached.cli import main
+from pb_cached.cli.demo.conversation import Conversation, Snapshot, differences
+
+SECONDS = 60.0
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the demo in a process of its own, with its temporary folders below `tmp_path`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pb_cached.cli", "demo", "--turns", "1", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines and environments that speak of the folder: what the demo started."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if str(folder).encode() in told and state != "Z":
+            found.append(process.name)
+    return found
+
+
+def wait_until_gone(folder: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while (left := processes_of(folder)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left == []
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"the demo ended before it said '{text}'")
+
+
+@pytest.mark.slow
+def test_the_demo_resumes_its_conversation(demo: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = demo()
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    assert "Turn 2." in output
+    assert "none lost, none changed" in output
+    wait_until_gone(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing_behind(
+    demo: Callable[..., subprocess.Popen[str]], tmp_path: Path, signal_: signal.Signals
+) -> None:
+    process = demo()
+    read_until(process, "Turn 1.")
+    assert processes_of(tmp_path)
+    process.send_signal(signal_)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130, output
+    assert "interrupted" in output
+    wait_until_gone(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_it_takes_its_processes_with_it(demo: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = demo()
+    read_until(process, "Turn 1.")
+    process.kill()
+    process.wait()
+    wait_until_gone(tmp_path)
+
+
+@pytest.mark.slow
+async def test_what_is_kept_can_be_opened_again(
+    demo: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    process = demo("--keep", str(kept))
+    output, _ = await asyncio.to_thread(process.communicate, timeout=SECONDS)
+    assert process.returncode == 0, output
+    async with PocketBaseServer(kept / "pocketbase") as server, httpx.AsyncClient(base_url=server.url) as http:
+        answer = await http.get(
+            "/api/collections/parlant_sessions_events/records",
+            headers={"Authorization": server.connection_params["admin_token"]},
+        )
+    assert answer.json()["totalItems"] == 14
+
+
+@pytest.mark.slow
+def test_a_difference_is_found_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody changes an event in PocketBase after the conversation was remembered."""
+    settled = Conversation.settled
+
+    async def remembered_then_changed(self: Conversation, pocketbase: Mapping[str, str]) -> Snapshot:
+        snapshot = await settled(self, pocketbase)
+        headers = {"Authorization": pocketbase["admin_token"]}
+        async with httpx.AsyncClient(base_url=pocketbase["url"], headers=headers) as http:
+            path = "/api/collections/parlant_sessions_events/records"
+            first = (await http.get(path, params={"sort": "offset", "perPage": 1})).json()["items"][0]
+            changed = await http.patch(f"{path}/{first['id']}", json={"trace_id": "another"})
+            assert changed.is_success
+        return snapshot
+
+    monkeypatch.setattr(Conversation, "settled", remembered_then_changed)
+    result = CliRunner().invoke(main, ["demo", "--turns", "1"])
+    assert result.exit_code == 1, result.output
+    assert "events: offset 0 was" in result.output
+    assert "Not everything is as it was" in result.output
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    result = CliRunner().invoke(main, ["demo", "--keep", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "not empty" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_without_its_extras_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pb_cached.cli.demo._EXTRAS", ("a_module_that_nobody_has",))
+    result = CliRunner().invoke(main, ["demo"])
+    assert result.exit_code == 1
+    assert "pip install 'pb_cached[embedded,demo]'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ({"events": {"offset 0": 1}}, []),
+        ({"events": {}}, ["events: offset 0 is gone"]),
+        ({}, ["events: offset 0 is gone"]),
+        ({"events": {"offset 0": 1.0}}, ["events: offset 0 was 1, is 1.0"]),
+        ({"events": {"offset 0": 1, "offset 1": 2}}, ["events: offset 1 is new: 2"]),
+    ],
+)
+def test_differences_are_told_one_by_one(after: Snapshot, told: list[str]) -> None:
+    assert differences({"events": {"offset 0": 1}}, after) == told
+
+
+def test_help_names_the_demo() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    assert "demo" in result.output
