@@ -1,0 +1,1 @@
+"""Benchmarks: they print numbers, their spread and their ratios, and fail for no time."""
