@@ -122,6 +122,8 @@ class Conversation:
             "values": {},
         }
         stored["customers"].pop("guest", None)  # made up by Parlant at each call
+        for session in stored["sessions"].values():
+            session["labels"].sort()  # a set to Parlant, whose order changes with each process
         stored["tags of customers"] = {id_: c.get("tags") for id_, c in stored["customers"].items()}
         for variable in await self._get("/context-variables"):
             whole = await self._get(f"/context-variables/{variable['id']}", include_values="true")
