@@ -41,9 +41,9 @@ from pb_cached.errors import (
     SchemaError,
 )
 from pb_cached.migrations import Failures, Migration
-from pb_cached.pocketbase.codec import Json, RecordCodec, Row
+from pb_cached.pocketbase.codec import Json, RecordCodec, Row, snapshot
 from pb_cached.pocketbase.commit import Operation
-from pb_cached.pocketbase.filters import FilterWriter
+from pb_cached.pocketbase.filters import FilterWriter, is_unshared
 from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, Kind, document_collection
@@ -119,6 +119,8 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         Raises:
             NotCommitted: writes were left when `close_timeout` had passed.
         """
+        for collection in self._collections.values():
+            collection.close()
         self._collections.clear()
         await self._exit_stack.aclose()
         self._connection = self._committer = None
@@ -138,7 +140,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         async with self._opening:
             connection, _ = self._opened()
             spec = document_collection(self._prefix, name, schema)
-            if name in self._collections or await connection.schema.exists(spec.name):
+            if name in self._collections or await connection.schema.exists(spec):
                 raise CollectionExists(f"collection '{name}' (PocketBase: '{spec.name}') exists already")
             return await self._open(name, spec, schema)
 
@@ -158,7 +160,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             if name in self._collections:
                 return cast(DocumentCollection[TDocument], self._collections[name])
             spec = document_collection(self._prefix, name, schema)
-            if not await connection.schema.exists(spec.name):
+            if not await connection.schema.exists(spec):
                 raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
             return await self._open(name, spec, schema, document_loader)
 
@@ -186,7 +188,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         async with self._opening:
             connection, committer = self._opened()
             spec = document_collection(self._prefix, name, BaseDocument)
-            if not await connection.schema.exists(spec.name):
+            if not await connection.schema.exists(spec):
                 raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
             await committer.flush()
             await connection.schema.drop(spec)
@@ -243,6 +245,11 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._spec = spec
         self._connection = connection
         self._committer = committer
+        self._closed = False
+
+    def close(self) -> None:
+        """Take no more calls. What was submitted is committed all the same."""
+        self._closed = True
 
     async def find(
         self,
@@ -267,11 +274,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             raise InvalidFilter(f"limit must not be negative, got {limit}")
         descending = sort_direction == SortDirection.DESC
         where = _after(filters, cursor, descending)
-        predicate = compile_where(where)
-        narrowed = self.filters.narrow(where)
+        predicate, narrowed = self._understood(where)
         if narrowed is None:
             return FindResult(items=[], total_count=0, has_more=False)
-        if limit and self.filters.is_exact(where):
+        if limit is not None and self.filters.is_exact(where):
             page = await self._page(narrowed[0], limit, descending)
             if page is not None:
                 return page
@@ -287,8 +293,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         Raises:
             InvalidFilter: as `find`.
         """
-        predicate = compile_where(filters)
-        narrowed = self.filters.narrow(filters)
+        predicate, narrowed = self._understood(filters)
         if narrowed is None:
             return None
         if sort:
@@ -298,6 +303,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
 
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
         """Create the indexes that are missing. One that PocketBase refuses is reported and left out."""
+        self._require_open()
+        specs = []
         for index in indexes:
             columns = []
             for field, direction in index.fields:
@@ -305,7 +312,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 if column is None:
                     raise InvalidFilter(f"collection '{self._spec.name}' has no field '{field}' to index")
                 columns.append((column.name, direction == SortDirection.DESC))
-            await self._connection.schema.ensure_index(self._spec, IndexSpec(tuple(columns), index.unique))
+            specs.append(IndexSpec(tuple(columns), index.unique))
+        await self._connection.schema.ensure_indexes(self._spec, specs)
 
     async def insert_one(self, document: TDocument) -> InsertResult:
         """Insert a document. Returns when PocketBase has committed it; the caller's object is not kept.
@@ -331,8 +339,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         Raises:
             As `insert_one`, and InvalidFilter.
         """
-        predicate = compile_where(filters)
-        narrowed = self.filters.narrow(filters)
+        predicate, narrowed = self._understood(filters)
         for _ in range(_ATTEMPTS):
             match = await self._first(narrowed, predicate) if narrowed else None
             if match is None:
@@ -345,7 +352,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 updated = await self._apply(Operation("PATCH", self._spec.name, row.id, body))
             except RecordNotFound:  # deleted since it was found: there may be another match
                 continue
-            return UpdateResult(True, 1, 1, cast(TDocument, updated or {**document, **params}))
+            return UpdateResult(True, 1, 1, cast(TDocument, updated or document | snapshot(params)))
         raise RecordNotFound(f"update in '{self._spec.name}': every match was deleted before it could be updated")
 
     async def delete_one(self, filters: Where) -> DeleteResult[TDocument]:
@@ -354,8 +361,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         Raises:
             As `update_one`.
         """
-        predicate = compile_where(filters)
-        narrowed = self.filters.narrow(filters)
+        predicate, narrowed = self._understood(filters)
         for _ in range(_ATTEMPTS):
             match = await self._first(narrowed, predicate) if narrowed else None
             if match is None:
@@ -368,7 +374,19 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             return DeleteResult(True, 1, cast(TDocument, document))
         raise RecordNotFound(f"delete in '{self._spec.name}': every match was deleted by others first")
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise PBCachedError(
+                f"collection '{self._spec.name}': its database is closed; open it again, and the collection"
+            )
+
     # reading
+
+    def _understood(self, where: Where) -> tuple[Predicate, Sequence[str] | None]:
+        """A filter as the predicate that decides, and as PocketBase's filters that narrow."""
+        self._require_open()
+        predicate = compile_where(where)
+        return predicate, self.filters.narrow(where)
 
     async def _page(self, filter_: str, limit: int, descending: bool) -> FindResult[TDocument] | None:
         """A limited result straight from PocketBase's own order and count. None where that order is not the
@@ -383,8 +401,9 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         for row, document in zip(page.rows, documents, strict=True):
             if any(document.get(field) != self.codec.held(row, field) for field in ("creation_utc", "id")):
                 return None
-        # The count was made for this very page; a concurrent insert cannot put them at odds.
-        return _result(documents[:limit], max(page.total, len(documents)))
+        # PocketBase counts beside its reading, not within: a page that is not full tells the total itself.
+        total = len(documents) if len(documents) <= limit else max(page.total, len(documents))
+        return _result(documents[:limit], total)
 
     async def _matches(self, narrowed: Sequence[str], predicate: Predicate) -> Any:
         """Every match, with its row, once."""
@@ -424,12 +443,14 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 if column
             )
             rows = (await self.reader.page(narrowed[0], f"{order},id", 2)).rows
-            # Where values differ from their images, two records may seem equal that are not.
-            if not any(row.extra for row in rows):
-                if not rows:
-                    return None
-                if predicate(document := self.codec.document(rows[0])):
-                    return cast(TDocument, document)
+            if not rows:
+                return None
+            # Values that differ from their images may share them with the first one's, and stand before it.
+            alone = len(rows) == 1 or all(
+                is_unshared(self.codec.held(rows[0], column.field), column.kind) for column in columns if column
+            )
+            if alone and predicate(document := self.codec.document(rows[0])):
+                return cast(TDocument, document)
         found = [match async for match in self._matches(narrowed, predicate)]
         found.sort(key=lambda match: match[0].id)
         for field, direction in reversed(sort):
@@ -439,6 +460,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
     # writing
 
     async def _insert(self, document: Mapping[str, Any]) -> dict[str, Json]:
+        self._require_open()
         self.codec.require(document)
         record_id = new_id()
         body, copy = self.codec.encode(document, record_id)

@@ -26,7 +26,7 @@ from parlant.core.common import Version
 from parlant.core.persistence.document_database import BaseDocument
 
 from pb_cached.errors import RecordNotFound
-from pb_cached.pocketbase.codec import Json, RecordCodec, Row
+from pb_cached.pocketbase.codec import Json, RecordCodec, Row, snapshot
 from pb_cached.pocketbase.commit import Operation
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.ids import new_id
@@ -78,20 +78,17 @@ class Migration:
                 await self._migrate(version)
 
     async def _versions(self) -> list[str]:
-        """The different versions that the documents have, by skipping from one to the next in the index."""
-        column = self._codec.columns["version"].name
+        """The different versions that the documents have, by skipping from one to the next in the index. Of those
+        that no filter can say, one stands for its neighbours."""
+        column = self._codec.columns["version"]
         versions: list[str] = []
         filter_ = ""
         while True:
-            page = await self._reader.page(filter_, column, 1)
+            page = await self._reader.page(filter_, column.name, 1)
             if not page.rows:
                 return versions
             versions.append(version := str(self._codec.held(page.rows[0], "version")))
-            quoted = self._filters.quoted(version)
-            if quoted is None:  # no filter can say it, so what lies beyond cannot be asked for
-                self._log.warning("strange version; newer ones are not looked for", version=repr(version))
-                return versions
-            filter_ = f"{column} > {quoted}"
+            filter_ = self._filters.beyond(column, version)
 
     async def _outdated(self, versions: Sequence[str]) -> list[str]:
         own = getattr(getattr(self._loader, "__self__", None), "VERSION", None)
@@ -104,6 +101,9 @@ class Migration:
         refused: list[str] = []
         changed: list[str] = []
         for version in versions:
+            if self._filters.quoted(version) is None:  # no version of any loader
+                refused.append(version)
+                continue
             sample = await self._sample(version)
             if sample is None:
                 continue
@@ -111,18 +111,23 @@ class Migration:
             if loaded is None:
                 refused.append(version)
             else:
-                written.add(str(loaded.get("version", "")))
-                if loaded != sample:
+                written.add(brought_to := str(loaded.get("version", "")))
+                if brought_to != version:
                     changed.append(version)
         newest = max(filter(_is_version, written), key=semver.Version.parse, default=None)
         return changed + [v for v in refused if newest is None or _is_older(v, newest)]
 
-    async def _sample(self, version: str) -> dict[str, Json] | None:
+    async def _sample(self, version: str) -> Row | None:
         page = await self._reader.page(self._having(version), "id", 1)
-        return self._codec.stored_document(page.rows[0]) if page.rows else None
+        return page.rows[0] if page.rows else None
 
     def _having(self, version: str) -> str:
-        return f"{self._codec.columns['version'].name} = {self._filters.quoted(version)}"
+        return self._filters.holding(self._codec.columns["version"], version)
+
+    def _is_of(self, version: str, row: Row) -> bool:
+        """Not of it are the neighbours that a filter lets through where it cannot say the version."""
+        held = self._codec.held(row, "version")
+        return held == version or self._filters.quoted(held) is None
 
     async def _migrate(self, version: str) -> None:
         """Read on from the last record seen: one that stays as it is must not be read for ever."""
@@ -133,7 +138,7 @@ class Migration:
             rows = (await self._reader.page(filter_, "id", PAGE)).rows
             if not rows:
                 break
-            await self._migrate_page(rows)
+            await self._migrate_page([row for row in rows if self._is_of(version, row)])
             done, after = done + len(rows), rows[-1].id
             self._log.info(
                 "migrating documents",
@@ -146,11 +151,10 @@ class Migration:
     async def _migrate_page(self, rows: Sequence[Row]) -> None:
         writes: list[Sequence[Operation]] = []
         for row in rows:
-            document = self._codec.stored_document(row)
-            loaded = await self._load(document)
+            loaded = await self._load(row)
             if loaded is None:
-                writes.append(await self._set_aside(row, document))
-            elif loaded != document:
+                writes.append(await self._set_aside(row))
+            elif loaded != self._codec.stored_document(row):
                 body = self._codec.encode_replacement(loaded)
                 writes.append([Operation("PATCH", self._codec.collection, row.id, body)])
         outcomes = await asyncio.gather(
@@ -160,20 +164,21 @@ class Migration:
             if isinstance(outcome, BaseException) and not isinstance(outcome, RecordNotFound):
                 raise outcome
 
-    async def _load(self, document: dict[str, Json]) -> dict[str, Any] | None:
+    async def _load(self, row: Row) -> dict[str, Json] | None:
+        document = self._codec.stored_document(row)  # the loader's own, which it may change
         try:
-            loaded = await self._loader(cast(BaseDocument, dict(document)))
+            loaded = await self._loader(cast(BaseDocument, document))
+            return None if loaded is None else snapshot(dict(loaded))
         except Exception as error:
             self._log.warning(
                 "document cannot be migrated",
                 collection=self._codec.collection,
-                version=document.get("version"),
+                version=self._codec.held(row, "version"),
                 error=f"{type(error).__name__}: {error}",
             )
             return None
-        return None if loaded is None else dict(loaded)
 
-    async def _set_aside(self, row: Row, document: dict[str, Json]) -> list[Operation]:
+    async def _set_aside(self, row: Row) -> list[Operation]:
         if self._failures is None:
             self._failures = await self._open_failures()
             self._log.warning(
@@ -182,7 +187,7 @@ class Migration:
                 into=self._failures.collection,
             )
         record_id = new_id()
-        body, _ = self._failures.codec.encode(document, record_id)
+        body, _ = self._failures.codec.encode(self._codec.stored_document(row), record_id)
         return [
             Operation("POST", self._failures.collection, record_id, body),
             Operation("DELETE", self._codec.collection, row.id),

@@ -134,7 +134,7 @@ class FilterWriter:
                 _compared(column, "=", _number(bool(value)), exact=value in (True,)) if _is_bit(value) else UNKNOWN
             )
         held, same = self._image(column, value)
-        exact = same and _is_unshared(held, column.kind)
+        exact = same and is_unshared(held, column.kind)
         if column.kind is Kind.TEXT:
             return self._text(column, held, exact=exact)
         return _compared(column, "=", _number(held), exact=exact)
@@ -143,7 +143,7 @@ class FilterWriter:
         if column.kind is Kind.BOOL:
             return _compared(column, "!=", "true", exact=True) if value in (True,) else UNKNOWN
         held, same = self._image(column, value)
-        if column.kind is Kind.JSON or not same or not _is_unshared(held, column.kind):
+        if column.kind is Kind.JSON or not same or not is_unshared(held, column.kind):
             return UNKNOWN
         if column.kind is Kind.NUMBER:
             return _compared(column, "!=", _number(held), exact=True)
@@ -182,6 +182,18 @@ class FilterWriter:
         if low is None or high is None:
             return UNKNOWN
         return Narrowing(f"({column.name} >= {low} && {column.name} <= {high})", exact=False, expressions=2)
+
+    def holding(self, column: Column, text: str) -> str:
+        """The records whose text column holds just this; where a filter cannot say it, its neighbours too."""
+        return self._text(column, text, exact=True).text or ""
+
+    def beyond(self, column: Column, text: str) -> str:
+        """The records whose text column holds something greater; where a filter cannot say the text, something
+        greater than all its neighbours."""
+        quoted = self.quoted(text)
+        if quoted is not None:
+            return f"{column.name} > {quoted}"
+        return f"{column.name} >= {self.quoted(_sayable(text, self._dialect.escapes)[1])}"
 
     def quoted(self, text: str) -> str | None:
         """The string as a filter says it, or None where it cannot."""
@@ -235,7 +247,7 @@ def _is_bit(value: Any) -> bool:
     return isinstance(value, int | float) and value in (0, 1)
 
 
-def _is_unshared(held: Json, kind: Kind) -> bool:
+def is_unshared(held: Json, kind: Kind) -> bool:
     """Does just one value have this image? The default stands for whatever a column cannot hold."""
     if kind is Kind.TEXT:
         return held != "" and not _touches_surrogates(held)

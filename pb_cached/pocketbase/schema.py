@@ -278,9 +278,16 @@ class SchemaEditor:
         self._dialect = dialect
         self._log = log
 
-    async def exists(self, name: str) -> bool:
-        """Is there a collection of this name, whoever made it?"""
-        return await self._read(name) is not None
+    async def exists(self, spec: CollectionSpec) -> bool:
+        """Is the collection there?
+
+        Raises:
+            ForeignCollection: one of its name is, which is not ours.
+        """
+        found = await self._read(spec.name)
+        if found is not None:
+            self._refuse_foreign(found, spec)
+        return found is not None
 
     async def drop(self, spec: CollectionSpec) -> None:
         """Delete a collection of ours and all that it holds.
@@ -328,24 +335,28 @@ class SchemaEditor:
                 trouble = str(await self._client.rejection(answer, "last answer"))
         raise SchemaError(f"collection '{spec.name}' could not be brought into shape: {trouble}")
 
-    async def ensure_index(self, spec: CollectionSpec, index: IndexSpec) -> bool:
-        """Create an index where none of its name exists. False where PocketBase refuses it, as it does a
-        unique one over duplicates."""
+    async def ensure_indexes(self, spec: CollectionSpec, indexes: Sequence[IndexSpec]) -> None:
+        """Create the indexes whose names are missing. What PocketBase refuses, as it does a unique one over
+        duplicates, is reported and left out."""
+        found = await self._read(spec.name)
+        present = _index_names(found) if found else ()
+        for index in indexes:
+            if index.name(spec.name) not in present:
+                await self._ensure_index(spec, index)
+
+    async def _ensure_index(self, spec: CollectionSpec, index: IndexSpec) -> None:
         answer: Answer | None = None
         for round_ in range(_ROUNDS):
             if round_:
                 await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
             found = await self._read(spec.name)
-            if found is None:
-                return False
-            if index.name(spec.name) in _index_names(found):
-                return True
+            if found is None or index.name(spec.name) in _index_names(found):
+                return
             answer = await self._amend(found, [], [index.sql(spec.name)], spec)
             if answer.status == 400 and b"indexes" in answer.content:
                 break
         reason = str(await self._client.rejection(answer, "create index")) if answer else "no answer"
         self._log.warning("index refused; going on without it", index=index.name(spec.name), reason=reason)
-        return False
 
     async def _read(self, name: str) -> _Collection | None:
         answer = await self._client.send("GET", f"/api/collections/{name}")

@@ -1,0 +1,488 @@
+"""Parlant's `DocumentDatabase` and `DocumentCollection`, method by method, on a real PocketBase."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, TypedDict, cast
+
+import httpx
+import pytest
+import pytest_asyncio
+from parlant.core.common import Version
+from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
+from parlant.core.persistence.document_database import DocumentCollection, FindResult, identity_loader_for
+
+from pb_cached import PocketBaseDocumentDatabase
+from pb_cached.database import PocketBaseDocumentCollection
+from pb_cached.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    InvalidDocument,
+    InvalidFilter,
+    PBCachedError,
+)
+from pb_cached.pocketbase.records import Page
+from tests.conftest import DatabaseMaker
+
+
+class Item(TypedDict, total=False):
+    id: ObjectId
+    creation_utc: str
+    version: Version.String
+    name: str
+    rank: int
+    open: bool
+    notes: dict[str, Any]
+
+
+Items = DocumentCollection[Item]
+ASC, DESC = SortDirection.ASC, SortDirection.DESC
+LOADER = identity_loader_for(Item)
+
+
+def item(number: int, **fields: Any) -> Item:
+    whole = {
+        "id": f"i{number:05}",
+        "creation_utc": f"2026-01-01T{number // 3600:02}:{number // 60 % 60:02}:{number % 60:02}+00:00",
+        "version": "1.0.0",
+        "name": f"item {number}",
+        "rank": number,
+        "open": number % 2 == 0,
+        "notes": {"number": number},
+    }
+    return cast(Item, whole | fields)
+
+
+def change(**fields: Any) -> Item:
+    return cast(Item, fields)
+
+
+def ids(found: FindResult[Item]) -> list[str]:
+    return [document["id"] for document in found]
+
+
+async def items_of(database: PocketBaseDocumentDatabase) -> Items:
+    return await database.get_or_create_collection("items", Item, LOADER)
+
+
+@pytest_asyncio.fixture
+async def items(database: PocketBaseDocumentDatabase) -> Items:
+    return await items_of(database)
+
+
+@pytest_asyncio.fixture
+async def two_servers(make_database: DatabaseMaker) -> AsyncIterator[tuple[Items, Items]]:
+    """The same collection, through two databases that share neither connection nor queue."""
+    async with httpx.AsyncClient() as http, make_database() as one, make_database(http_client=http) as other:
+        yield await items_of(one), await items_of(other)
+
+
+async def fill(items: Items, *numbers: int, **fields: Any) -> None:
+    """Inserts one after the other: the order of insertion is that of the numbers."""
+    for number in numbers:
+        await items.insert_one(item(number, **fields))
+
+
+# --- the database --------------------------------------------------------------------------------------------
+
+
+async def test_collections_are_created_opened_and_deleted(database: PocketBaseDocumentDatabase) -> None:
+    with pytest.raises(CollectionNotFound, match="'items'"):
+        await database.get_collection("items", Item, LOADER)
+    created = await database.create_collection("items", Item)
+    await fill(created, 1)
+    with pytest.raises(CollectionExists, match="'items'"):
+        await database.create_collection("items", Item)
+    assert await database.get_collection("items", Item, LOADER) is created
+    await database.delete_collection("items")
+    for gone in (database.get_collection("items", Item, LOADER), database.delete_collection("items")):
+        with pytest.raises(CollectionNotFound):
+            await gone
+    again = await database.create_collection("items", Item)
+    assert (await again.find({})).total_count == 0
+
+
+async def test_the_errors_are_also_those_that_parlants_own_databases_raise(
+    database: PocketBaseDocumentDatabase,
+) -> None:
+    with pytest.raises(ValueError):
+        await database.get_collection("items", Item, LOADER)
+    with pytest.raises(ValueError):
+        await database.delete_collection("items")
+    await items_of(database)
+    with pytest.raises(ValueError):
+        await database.create_collection("items", Item)
+
+
+async def test_a_collection_of_another_opening_exists(make_database: DatabaseMaker) -> None:
+    async with make_database() as database:
+        await fill(await items_of(database), 1)
+    async with make_database() as database:
+        with pytest.raises(CollectionExists):
+            await database.create_collection("items", Item)
+        items = await database.get_collection("items", Item, LOADER)
+        assert (await items.find({})).items == [item(1)]
+
+
+async def test_opening_a_collection_twice_gives_one_object_and_runs_no_loader(
+    database: PocketBaseDocumentDatabase,
+) -> None:
+    async def never(_: Any) -> Item | None:
+        raise AssertionError("there is nothing to load")
+
+    first, second = await asyncio.gather(items_of(database), items_of(database))
+    await fill(first, 1)
+    assert first is second is await database.get_or_create_collection("items", Item, never)
+
+
+@pytest.mark.parametrize("entered_before", [False, True])
+async def test_a_database_must_be_entered(make_database: DatabaseMaker, entered_before: bool) -> None:
+    database = make_database()
+    if entered_before:
+        async with database:
+            await items_of(database)
+    for call in (
+        items_of(database),
+        database.create_collection("items", Item),
+        database.get_collection("items", Item, LOADER),
+        database.delete_collection("items"),
+        database.flush(),
+    ):
+        with pytest.raises(PBCachedError, match="use it inside `async with`"):
+            await call
+
+
+async def test_a_collection_of_a_closed_database_says_so(make_database: DatabaseMaker) -> None:
+    async with make_database() as database:
+        items = await items_of(database)
+    for call in (
+        items.find({}),
+        items.find_one({}),
+        items.insert_one(item(1)),
+        items.update_one({}, change(rank=1)),
+        items.delete_one({}),
+        items.ensure_indexes([]),
+    ):
+        with pytest.raises(PBCachedError, match="closed"):
+            await call
+
+
+async def test_a_database_can_be_entered_again(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    for number in (1, 2):
+        async with database:
+            items = await items_of(database)
+            await fill(items, number)
+            assert (await items.find({})).total_count == number
+
+
+# --- find ---------------------------------------------------------------------------------------------------
+
+
+async def test_find_orders_by_creation_and_id_whatever_the_order_of_insertion(items: Items) -> None:
+    same_time = {"creation_utc": "2026-01-01T00:00:05+00:00"}
+    for document in (item(9), item(1), item(7, **same_time), item(6, **same_time), item(3)):
+        await items.insert_one(document)
+    expected = ["i00001", "i00003", "i00006", "i00007", "i00009"]
+    assert ids(await items.find({})) == expected
+    assert ids(await items.find({}, sort_direction=ASC)) == expected
+    assert ids(await items.find({}, sort_direction=DESC)) == expected[::-1]
+
+
+@pytest.mark.parametrize("direction", [ASC, DESC])
+@pytest.mark.parametrize("where", [{}, {"$or": [{"open": {"$eq": True}}, {"rank": {"$lt": 3}}]}])
+async def test_pages_follow_each_other_without_gap_or_repetition(
+    items: Items, direction: SortDirection, where: Where
+) -> None:
+    await asyncio.gather(
+        *(items.insert_one(item(n // 3, id=f"{n:02}", rank=n, open=n % 2 == 0)) for n in range(20))
+    )
+    everything = await items.find(where, sort_direction=direction)
+    assert (everything.has_more, everything.next_cursor) == (False, None)
+    seen: list[str] = []
+    cursor: Cursor | None = None
+    while True:
+        page = await items.find(where, limit=3, cursor=cursor, sort_direction=direction)
+        assert page.total_count == everything.total_count - len(seen)
+        seen += ids(page)
+        assert page.has_more is (len(seen) < everything.total_count)
+        if not page.has_more:
+            assert page.next_cursor is None
+            break
+        last = page.items[-1]
+        assert page.next_cursor == Cursor(creation_utc=last["creation_utc"], id=last["id"])
+        cursor = page.next_cursor
+    assert seen == ids(everything)
+
+
+async def test_a_limit_that_is_just_enough_leaves_no_more(items: Items) -> None:
+    await fill(items, 1, 2)
+    found = await items.find({}, limit=2)
+    assert (found.total_count, found.has_more, found.next_cursor) == (2, False, None)
+
+
+@pytest.mark.parametrize(("inserted", "has_more"), [(0, False), (2, True)])
+async def test_a_limit_of_nothing_counts(items: Items, inserted: int, has_more: bool) -> None:
+    await fill(items, *range(inserted))
+    for where in cast(list[Where], [{}, {"notes": {"$ne": 0}}]):
+        found = await items.find(where, limit=0)
+        assert (found.items, found.total_count, found.has_more, found.next_cursor) == (
+            [], inserted, has_more, None,
+        )  # fmt: skip
+
+
+async def test_a_negative_limit_is_an_error(items: Items) -> None:
+    with pytest.raises(InvalidFilter, match="-1"):
+        await items.find({}, limit=-1)
+
+
+async def test_more_documents_than_pocketbase_pages_hold_are_all_found(items: Items) -> None:
+    count = 1200
+    await asyncio.gather(*(items.insert_one(item(n)) for n in range(count)))
+    expected = [f"i{n:05}" for n in range(count)]
+    assert ids(await items.find({})) == expected
+    assert ids(await items.find({}, sort_direction=DESC)) == expected[::-1]
+    odd = await items.find({"open": {"$eq": False}})
+    assert (ids(odd), odd.total_count) == (expected[1::2], 600)
+    for limit in (10, 1000, 1150):
+        page = await items.find({"rank": {"$gte": 1}}, limit=limit)
+        assert (ids(page), page.total_count, page.has_more) == (expected[1 : limit + 1], 1199, True)
+        rest = await items.find({"rank": {"$gte": 1}}, cursor=page.next_cursor)
+        assert ids(rest) == expected[limit + 1 :]
+
+
+@pytest.mark.parametrize("absent", [15, pytest.param(120, marks=pytest.mark.slow)])
+async def test_a_filter_longer_than_pocketbase_takes_finds_the_same(items: Items, absent: int) -> None:
+    await asyncio.gather(*(items.insert_one(item(n)) for n in range(60)))
+    expected = [f"i{n:05}" for n in range(0, 60, 3)]
+    # The last comes first, and each is followed by some that do not exist.
+    asked = [id_ for found in reversed(expected) for id_ in (found, *(f"{found}-{n}" for n in range(absent)))]
+    alternatives: Any = [{"id": {"$eq": id_}} for id_ in asked]
+    long_filters: list[Any] = [
+        {"id": {"$in": asked}},
+        {"$or": alternatives},
+        {"$and": [{"version": {"$eq": "1.0.0"}}, {"$or": alternatives}]},
+        {"$and": [{"name": {"$ne": "x" * 5000}}, {"id": {"$in": asked}}]},
+        {"$or": [{"id": {"$eq": "x" * 5000}}, {"id": {"$in": asked}}]},
+    ]
+    for where in long_filters:
+        assert ids(await items.find(where)) == expected
+        page = await items.find(where, limit=7)
+        assert (ids(page), page.total_count, page.has_more) == (expected[:7], 20, True)
+        assert await items.find_one(where) == item(0)
+    excluded = await items.find(cast(Where, {"id": {"$nin": asked}}))
+    assert excluded.total_count == 40
+
+
+async def test_totals_agree_with_the_documents_while_others_insert(items: Items) -> None:
+    """Whatever moment an answer is of, its parts are of the same one."""
+
+    async def insert() -> None:
+        for start in range(0, 300, 3):
+            await asyncio.gather(*(items.insert_one(item(n)) for n in range(start, start + 3)))
+
+    inserting = asyncio.create_task(insert())
+    before = 0
+    while not inserting.done():
+        for limit in (5, 500, 1000):
+            found = await items.find({"version": {"$eq": "1.0.0"}}, limit=limit)
+            assert len(found.items) == min(limit, found.total_count)
+            assert found.has_more is (found.total_count > limit)
+            assert found.total_count >= before
+            before = found.total_count
+    await inserting
+    assert (await items.find({}, limit=5)).total_count == 300
+
+
+async def test_a_count_made_a_moment_after_the_page_does_not_contradict_it(
+    items: Items, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PocketBase counts beside its reading: what is inserted between the two is counted and not read."""
+    reader = cast(PocketBaseDocumentCollection[Item], items).reader
+    read = reader.page
+
+    async def counted_late(*args: Any, **kwargs: Any) -> Page:
+        page = await read(*args, **kwargs)
+        await items.insert_one(item(99))
+        return Page(page.rows, page.total + 1)
+
+    await fill(items, 1, 2)
+    monkeypatch.setattr(reader, "page", counted_late)
+    found = await items.find({}, limit=5)
+    assert (ids(found), found.total_count, found.has_more) == (["i00001", "i00002"], 2, False)
+
+
+# --- find_one ------------------------------------------------------------------------------------------------
+
+
+async def test_find_one_gives_the_first_inserted(items: Items) -> None:
+    await fill(items, 5, 3, 4)
+    assert await items.find_one({}) == item(5)
+    assert await items.find_one({"rank": {"$lt": 5}}) == item(3)
+    assert await items.find_one(cast(Where, {"notes": {"$eq": {"number": 4}}})) == item(4)
+    assert await items.find_one({"rank": {"$gt": 5}}) is None
+
+
+async def test_of_documents_with_one_id_the_first_inserted_is_meant(items: Items) -> None:
+    await items.insert_one(item(1, name="first"))
+    await items.insert_one(item(1, name="second"))
+    assert (await items.update_one({"id": {"$eq": "i00001"}}, change(rank=9))).updated_document == item(
+        1, name="first", rank=9
+    )
+    assert (await items.delete_one({"id": {"$eq": "i00001"}})).deleted_document == item(1, name="first", rank=9)
+    assert (await items.find({})).items == [item(1, name="second")]
+
+
+async def test_find_one_sorts_and_breaks_ties_by_insertion(items: Items) -> None:
+    await items.insert_one(item(1, rank=2, name="b"))
+    await items.insert_one(item(2, rank=5, name="a"))
+    await items.insert_one(item(3, rank=5, name="a"))
+    await items.insert_one(item(4, rank=2, name="c"))
+
+    async def first(*sort: tuple[str, SortDirection]) -> str:
+        found = await items.find_one({}, sort)
+        assert found is not None
+        return found["id"][-1]
+
+    assert await first(("rank", DESC)) == "2"
+    assert await first(("rank", ASC)) == "1"
+    assert await first(("rank", ASC), ("name", DESC)) == "4"
+    assert await first(("name", ASC), ("id", DESC)) == "3"
+    assert await items.find_one({"rank": {"$gt": 5}}, [("rank", ASC)]) is None
+
+
+@pytest.mark.parametrize("value", [None, "\ud800"], ids=["None", "surrogate"])
+async def test_find_one_sorts_by_the_value_also_where_a_column_cannot_hold_it(items: Items, value: Any) -> None:
+    """Both share their image with the strings that were inserted before them, and both are smaller."""
+    twin = "" if value is None else "\ue000"
+    for number in (1, 2):
+        await items.insert_one(item(number, name=twin))
+    await items.insert_one(item(3, name=value))
+    found = await items.find_one({}, [("name", ASC)])
+    assert found is not None and found["id"] == "i00003"
+
+
+async def test_find_one_sorts_by_fields_that_no_column_orders(items: Items) -> None:
+    await items.insert_one(item(1, undeclared=2))
+    await items.insert_one(item(2, undeclared=1))
+    await items.insert_one(item(3))
+    for direction, expected in ((ASC, "i00003"), (DESC, "i00001")):
+        found = await items.find_one({}, [("undeclared", direction)])
+        assert found is not None and found["id"] == expected
+
+
+# --- update_one, delete_one ----------------------------------------------------------------------------------
+
+
+async def test_an_update_merges_at_the_top_only(items: Items) -> None:
+    await fill(items, 1, 2)
+    result = await items.update_one({"rank": {"$eq": 2}}, change(name="new", notes={"other": 1}))
+    assert (result.acknowledged, result.matched_count, result.modified_count) == (True, 1, 1)
+    assert result.updated_document == item(2, name="new", notes={"other": 1})
+    assert (await items.find({})).items == [item(1), item(2, name="new", notes={"other": 1})]
+
+
+async def test_an_update_that_changes_nothing_has_still_matched(items: Items) -> None:
+    await fill(items, 1)
+    result = await items.update_one({}, change(rank=1))
+    assert (result.matched_count, result.modified_count, result.updated_document) == (1, 1, item(1))
+
+
+async def test_an_update_returns_the_document_also_where_it_no_longer_matches(items: Items) -> None:
+    await fill(items, 1)
+    result = await items.update_one({"open": {"$eq": False}}, change(open=True))
+    assert result.updated_document == item(1, open=True)
+
+
+async def test_an_update_without_a_match_writes_nothing(items: Items) -> None:
+    await fill(items, 1)
+    for where in cast(list[Where], [{"rank": {"$eq": 7}}, {"rank": {"$in": []}}]):
+        result = await items.update_one(where, change(rank=2))
+        assert (result.matched_count, result.modified_count, result.updated_document) == (0, 0, None)
+    assert (await items.find({})).items == [item(1)]
+
+
+async def test_an_upsert_inserts_a_whole_document(items: Items) -> None:
+    where: Where = {"rank": {"$eq": 1}}
+    result = await items.update_one(where, item(1), upsert=True)
+    assert (result.matched_count, result.modified_count, result.updated_document) == (0, 0, item(1))
+    result = await items.update_one(where, item(1, name="second"), upsert=True)
+    assert (result.matched_count, result.updated_document) == (1, item(1, name="second"))
+    with pytest.raises(InvalidDocument, match="misses the keys"):
+        await items.update_one({"rank": {"$eq": 2}}, change(rank=2), upsert=True)
+    assert (await items.find({})).items == [item(1, name="second")]
+
+
+async def test_an_update_may_change_id_and_time_and_the_document_moves(items: Items) -> None:
+    await fill(items, 1, 2)
+    moved = item(9, rank=1)
+    result = await items.update_one({"rank": {"$eq": 1}}, moved)
+    assert result.updated_document == moved
+    assert ids(await items.find({})) == ["i00002", "i00009"]
+    assert await items.find_one({"id": {"$eq": "i00001"}}) is None
+    assert await items.find_one({}) == moved  # it is still the one that was inserted first
+
+
+async def test_two_servers_that_update_different_fields_both_win(two_servers: tuple[Items, Items]) -> None:
+    one, other = two_servers
+    await one.insert_one(item(0))
+    where: Where = {"id": {"$eq": "i00000"}}
+    for number in range(1, 31):
+        changes = [
+            (one, change(name=f"one {number}")),
+            (other, change(rank=number)),
+            (one, change(notes={"n": number})),
+        ]
+        await asyncio.gather(*(items.update_one(where, params) for items, params in changes))
+        expected = item(0, name=f"one {number}", rank=number, notes={"n": number})
+        assert await one.find_one(where) == await other.find_one(where) == expected
+
+
+async def test_many_updates_of_one_document_are_all_counted(two_servers: tuple[Items, Items]) -> None:
+    await two_servers[0].insert_one(item(0))
+    updates = [two_servers[n % 2].update_one({}, change(rank=n)) for n in range(100)]
+    results = await asyncio.gather(*updates)
+    assert all(result.matched_count == 1 and result.updated_document is not None for result in results)
+
+
+async def test_an_update_whose_match_is_deleted_takes_the_next_or_none(two_servers: tuple[Items, Items]) -> None:
+    one, other = two_servers
+    for number in range(10):
+        await fill(one, number)
+        result, _ = await asyncio.gather(one.update_one({}, change(rank=77)), other.delete_one({}))
+        assert result.matched_count in (0, 1)
+        assert (await other.find({})).total_count == 0
+
+
+async def test_delete_one_deletes_the_first_inserted_match_and_returns_it(items: Items) -> None:
+    await fill(items, 3, 1, 2)
+    result = await items.delete_one({"rank": {"$lt": 3}})
+    assert (result.acknowledged, result.deleted_count, result.deleted_document) == (True, 1, item(1))
+    result = await items.delete_one({"rank": {"$eq": 1}})
+    assert (result.acknowledged, result.deleted_count, result.deleted_document) == (True, 0, None)
+    assert ids(await items.find({})) == ["i00002", "i00003"]
+
+
+async def test_many_who_delete_share_the_documents(two_servers: tuple[Items, Items]) -> None:
+    await fill(two_servers[0], *range(10))
+    results = await asyncio.gather(*(two_servers[n % 2].delete_one({}) for n in range(14)))
+    deleted = [result.deleted_document["id"] for result in results if result.deleted_document]
+    assert sorted(deleted) == [f"i{n:05}" for n in range(10)]
+
+
+async def test_a_malformed_filter_is_an_error_everywhere_and_writes_nothing(items: Items) -> None:
+    await fill(items, 1)
+    malformed: list[Any] = [{"name": {"$regex": "x"}}, {"name": "x"}, {"$nor": []}, {"name": {"$in": "x"}}]
+    for where in malformed:
+        for call in (
+            items.find(where),
+            items.find(where, limit=1),
+            items.find_one(where),
+            items.update_one(where, change(rank=2)),
+            items.update_one(where, item(2), upsert=True),
+            items.delete_one(where),
+        ):
+            with pytest.raises(InvalidFilter):
+                await call
+    assert (await items.find({})).items == [item(1)]

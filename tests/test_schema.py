@@ -1,0 +1,431 @@
+"""Collections become what their TypedDict says and stay so, whoever else works on them: other servers that start
+at the same moment, and people in PocketBase's dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any, TypedDict, cast
+
+import httpx
+import pytest
+import pytest_asyncio
+from parlant.core.common import Version
+from parlant.core.persistence.common import ObjectId, SortDirection
+from parlant.core.persistence.document_database import CollectionIndex, DocumentCollection, identity_loader_for
+
+from pb_cached import PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.errors import ForeignCollection, InvalidFilter, SchemaError, UniqueViolation
+from tests.conftest import DatabaseMaker
+
+
+class Note(TypedDict, total=False):
+    id: ObjectId
+    creation_utc: str
+    version: Version.String
+    text: str
+    stars: int
+    done: bool
+    about: dict[str, Any] | None
+
+
+class TaggedNote(Note, total=False):
+    tag: str
+    score: float
+
+
+def note(number: int = 1, **fields: Any) -> Note:
+    whole = {
+        "id": f"n{number}",
+        "creation_utc": f"2026-01-01T00:00:{number:02}+00:00",
+        "version": "1.0.0",
+        "text": f"note {number}",
+        "stars": number,
+        "done": True,
+        "about": {"number": number},
+    }
+    return cast(Note, whole | fields)
+
+
+async def notes_of(
+    database: PocketBaseDocumentDatabase, schema: type[Any] = Note, name: str = "notes"
+) -> DocumentCollection[Any]:
+    return await database.get_or_create_collection(name, schema, identity_loader_for(schema))
+
+
+class Dashboard:
+    """What a superuser does by hand, past us."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+
+    async def collection(self, name: str) -> dict[str, Any]:
+        answer = await self._http.get(f"/api/collections/{name}")
+        return cast(dict[str, Any], answer.raise_for_status().json())
+
+    async def columns(self, name: str) -> set[str]:
+        return {field["name"] for field in (await self.collection(name))["fields"]}
+
+    async def create(self, **collection: Any) -> dict[str, Any]:
+        answer = await self._http.post("/api/collections", json={"type": "base", **collection})
+        return cast(dict[str, Any], answer.raise_for_status().json())
+
+    async def change(self, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+        collection = await self.collection(name)
+        change(collection)
+        (await self._http.patch(f"/api/collections/{name}", json=collection)).raise_for_status()
+
+    async def remove_column(self, name: str, column: str) -> None:
+        def without(collection: dict[str, Any]) -> None:
+            collection["fields"] = [field for field in collection["fields"] if field["name"] != column]
+            collection["indexes"] = [sql for sql in collection["indexes"] if f"`{column}`" not in sql]
+
+        await self.change(name, without)
+
+    async def rename_column(self, name: str, column: str, to: str) -> None:
+        def renamed(collection: dict[str, Any]) -> None:
+            next(field for field in collection["fields"] if field["name"] == column)["name"] = to
+
+        await self.change(name, renamed)
+
+    async def records(self, name: str) -> list[dict[str, Any]]:
+        answer = await self._http.get(f"/api/collections/{name}/records", params={"perPage": 500, "sort": "id"})
+        return cast(list[dict[str, Any]], answer.raise_for_status().json()["items"])
+
+
+@pytest_asyncio.fixture
+async def dashboard(pocketbase: PocketBaseServer) -> AsyncIterator[Dashboard]:
+    headers = {"Authorization": pocketbase.connection_params["admin_token"]}
+    async with httpx.AsyncClient(base_url=pocketbase.url, headers=headers, trust_env=False) as http:
+        yield Dashboard(http)
+
+
+@pytest_asyncio.fixture
+async def notes(database: PocketBaseDocumentDatabase) -> DocumentCollection[Note]:
+    return await notes_of(database)
+
+
+@pytest.fixture
+def table(prefix: str) -> str:
+    return f"{prefix}_notes"
+
+
+class Heard:
+    """A logger that keeps the warnings that it was given."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, message: str, *_: Any, **__: Any) -> None:
+        self.warnings.append(message)
+
+    def debug(self, *_: Any, **__: Any) -> None: ...
+
+    info = error = debug
+
+
+# --- opening together -------------------------------------------------------------------------------------
+
+
+async def test_servers_that_start_together_share_one_collection(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(httpx.AsyncClient()) for _ in range(6)]
+        servers = await asyncio.gather(
+            *(stack.enter_async_context(make_database(http_client=client)) for client in clients)
+        )
+        opened = await asyncio.gather(*(notes_of(server) for server in servers))
+        await asyncio.gather(*(each.insert_one(note(n)) for n, each in enumerate(opened)))
+        for each in opened:
+            assert (await each.find({})).total_count == len(opened)
+    assert {"doc_id", "extra", "rev", "updated", "text", "stars", "done", "about"} < await dashboard.columns(table)
+
+
+async def test_servers_with_different_schemas_that_start_together_get_all_of_their_columns(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    fields = {"id": ObjectId, "creation_utc": str, "version": Version.String}
+    make_schema: Any = TypedDict
+    schemas = [make_schema(f"Wider{n}", {**fields, f"own{n}": str}) for n in range(4)]
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(httpx.AsyncClient()) for _ in schemas]
+        servers = [await stack.enter_async_context(make_database(http_client=client)) for client in clients]
+        await asyncio.gather(*map(notes_of, servers, schemas))
+    assert {"own0", "own1", "own2", "own3"} < await dashboard.columns(table)
+
+
+async def test_every_rule_is_superusers_only(
+    notes: DocumentCollection[Note], dashboard: Dashboard, table: str
+) -> None:
+    collection = await dashboard.collection(table)
+    rules = ("listRule", "viewRule", "createRule", "updateRule", "deleteRule")
+    assert [collection[rule] for rule in rules] == [None] * 5
+
+
+async def test_a_collection_that_somebody_opened_to_others_is_closed_again(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as database:
+        await notes_of(database)
+    await dashboard.change(table, lambda collection: collection.update(listRule="", deleteRule=""))
+    async with make_database() as database:
+        await notes_of(database)
+    collection = await dashboard.collection(table)
+    assert (collection["listRule"], collection["deleteRule"]) == (None, None)
+
+
+# --- columns that come, go and change their names -----------------------------------------------------------
+
+
+async def test_a_new_field_adds_a_column_and_keeps_the_data(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as older:
+        await (await notes_of(older)).insert_one(note())
+    async with make_database() as newer:
+        notes = await notes_of(newer, TaggedNote)
+        tagged = {**note(2), "tag": "x", "score": 0.5}
+        await notes.insert_one(tagged)
+        assert await notes.find_one({"id": {"$eq": "n1"}}) == {**note(), "tag": "", "score": 0}
+        assert await notes.find_one({"tag": {"$eq": "x"}}) == tagged
+    assert {"tag", "score"} < await dashboard.columns(table)
+
+
+async def test_a_field_that_is_no_longer_declared_keeps_its_column_and_its_data(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as newer:
+        await (await notes_of(newer, TaggedNote)).insert_one({**note(), "tag": "kept", "score": 0.5})
+    async with make_database() as older:
+        notes = await notes_of(older)
+        assert await notes.find_one({}) == note()
+        await notes.update_one({}, cast(Note, {"stars": 5}))
+    (record,) = await dashboard.records(table)
+    assert (record["tag"], record["score"], record["stars"]) == ("kept", 0.5, 5)
+
+
+async def test_a_column_removed_while_we_run_is_back_before_an_insert_is_acknowledged(
+    notes: DocumentCollection[Note], dashboard: Dashboard, table: str
+) -> None:
+    await dashboard.remove_column(table, "text")
+    await notes.insert_one(note())
+    assert (await dashboard.records(table))[0]["text"] == "note 1"
+    assert await notes.find_one({}) == note()
+
+
+async def test_a_column_removed_while_we_run_swallows_none_of_many_inserts(
+    notes: DocumentCollection[Note], dashboard: Dashboard, table: str
+) -> None:
+    await dashboard.remove_column(table, "about")
+    await asyncio.gather(*(notes.insert_one(note(n)) for n in range(20)))
+    assert (await notes.find({})).items == [note(n) for n in range(20)]
+
+
+async def test_an_update_never_takes_a_removed_column_for_an_empty_one(
+    notes: DocumentCollection[Note], dashboard: Dashboard, table: str
+) -> None:
+    await notes.insert_one(note())
+    await dashboard.remove_column(table, "text")
+    with pytest.raises(SchemaError, match=r"'?text'?.*removed or renamed"):
+        await notes.find({})
+    with pytest.raises(SchemaError, match="text"):
+        await notes.update_one({"id": {"$eq": "n1"}}, cast(Note, {"text": "new"}))
+    assert (await dashboard.records(table))[0]["stars"] == 1
+
+
+async def test_opening_brings_a_removed_column_back_and_says_so(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as database:
+        await (await notes_of(database)).insert_one(note())
+    await dashboard.remove_column(table, "stars")
+    heard = Heard()
+    async with make_database(logger=heard) as database:
+        found = await (await notes_of(database)).find_one({})
+    assert found == note(stars=0)
+    assert any("lacks columns" in warning and "stars" in warning for warning in heard.warnings)
+
+
+@pytest.mark.parametrize("new_name", ["headline", "Text"])
+async def test_a_renamed_column_gets_its_name_back_with_its_data(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str, new_name: str
+) -> None:
+    async with make_database() as database:
+        notes = await notes_of(database)
+        await notes.insert_one(note(1))
+        await dashboard.rename_column(table, "text", new_name)
+        with pytest.raises(SchemaError, match="removed or renamed"):
+            await notes.find({})
+        await notes.insert_one(note(2))
+        assert (await notes.find({})).items == [note(1), note(2)]
+        await dashboard.rename_column(table, "text", new_name)
+    async with make_database() as database:
+        assert (await (await notes_of(database)).find({})).items == [note(1), note(2)]
+    assert new_name not in await dashboard.columns(table)
+
+
+async def test_a_renamed_column_still_knows_what_it_holds(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    """A text column that holds JSON looks like any other in PocketBase, but for its field id."""
+    async with make_database() as database:
+        await (await notes_of(database)).insert_one(note(about={"z": 1, "a": 2}))
+    await dashboard.rename_column(table, "about", "concerning")
+    async with make_database() as database:
+        assert await (await notes_of(database)).find_one({}) == note(about={"z": 1, "a": 2})
+
+
+async def test_a_column_that_changes_what_it_stores_is_refused(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as database:
+        await notes_of(database)
+    await dashboard.remove_column(table, "about")
+    await dashboard.change(table, lambda c: c["fields"].append({"name": "about", "type": "json"}))
+    async with make_database() as database:
+        with pytest.raises(SchemaError, match=r"'about'.*'json'.*rename it"):
+            await notes_of(database)
+
+
+async def test_a_column_that_somebody_added_stays(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as database:
+        notes = await notes_of(database)
+        await dashboard.change(table, lambda c: c["fields"].append({"name": "theirs", "type": "text"}))
+        await notes.insert_one(note())
+    async with make_database() as database:
+        assert await (await notes_of(database, TaggedNote)).find_one({"id": {"$eq": "n1"}}) is not None
+        assert "theirs" in await dashboard.columns(table)
+
+
+# --- whose collection is it? -----------------------------------------------------------------------------
+
+
+async def test_a_foreign_collection_is_refused_and_left_as_it_is(
+    database: PocketBaseDocumentDatabase, dashboard: Dashboard, table: str
+) -> None:
+    before = await dashboard.create(name=table, fields=[{"name": "text", "type": "text"}], listRule="")
+    for refused in (
+        notes_of(database),
+        database.create_collection("notes", Note),
+        database.get_collection("notes", Note, identity_loader_for(Note)),
+        database.delete_collection("notes"),
+    ):
+        with pytest.raises(ForeignCollection, match=table):
+            await refused
+    assert await dashboard.collection(table) == before
+
+
+async def test_prefixes_and_names_that_spell_the_same_do_not_share_a_collection(
+    make_database: DatabaseMaker, prefix: str
+) -> None:
+    async with make_database() as one, make_database(collection_prefix=f"{prefix}_b") as other:
+        await (await notes_of(one, name="b_c")).insert_one(note())
+        with pytest.raises(ForeignCollection, match=rf"{prefix}\W.*b_c.*{prefix}_b\W.*c"):
+            await notes_of(other, name="c")
+        with pytest.raises(ForeignCollection):
+            await other.delete_collection("c")
+        assert (await (await notes_of(one, name="b_c")).find({})).total_count == 1
+
+
+async def test_prefixes_and_names_with_two_underscores_do_not_get_in_each_others_way(
+    make_database: DatabaseMaker, prefix: str
+) -> None:
+    async with make_database() as one, make_database(collection_prefix=f"{prefix}__b") as other:
+        await (await notes_of(one, name="b__c")).insert_one(note(1))
+        await (await notes_of(other, name="c")).insert_one(note(2))
+        assert (await (await notes_of(one, name="b__c")).find({})).items == [note(1)]
+
+
+async def test_documents_are_never_kept_among_the_records_of_commits(
+    database: PocketBaseDocumentDatabase, dashboard: Dashboard, prefix: str
+) -> None:
+    with pytest.raises(ForeignCollection, match=f"{prefix}_log"):
+        await notes_of(database, name="log")
+    with pytest.raises(ForeignCollection, match=f"{prefix}_log"):
+        await database.delete_collection("log")
+    assert "doc_id" not in await dashboard.columns(f"{prefix}_log")
+
+
+async def test_a_name_that_pocketbase_cannot_have_is_refused_with_the_rule(
+    database: PocketBaseDocumentDatabase,
+) -> None:
+    for name in ("with space", "ünï", "a-b", "x" * 300, "a_via_b"):
+        with pytest.raises(SchemaError, match="letters, digits and underscores"):
+            await notes_of(database, name=name)
+
+
+# --- indexes -----------------------------------------------------------------------------------------------
+
+
+async def test_ensure_indexes_makes_real_indexes_once(
+    notes: DocumentCollection[Note], dashboard: Dashboard, table: str
+) -> None:
+    asked = [
+        CollectionIndex(fields=(("stars", SortDirection.DESC), ("text", SortDirection.ASC))),
+        CollectionIndex(fields=(("id", SortDirection.ASC), ("done", SortDirection.ASC)), unique=True),
+    ]
+    before = (await dashboard.collection(table))["indexes"]
+    await notes.ensure_indexes(asked)
+    await notes.ensure_indexes(asked)
+    made = [sql for sql in (await dashboard.collection(table))["indexes"] if sql not in before]
+    assert [sql.partition(" ON ")[2] for sql in made] == [
+        f"`{table}` (`stars` DESC, `text`)",
+        f"`{table}` (`doc_id`, `done`)",
+    ]
+    assert [sql.split("INDEX")[0].strip() for sql in made] == ["CREATE", "CREATE UNIQUE"]
+
+
+async def test_an_index_over_an_unknown_field_is_an_error(notes: DocumentCollection[Note]) -> None:
+    with pytest.raises(InvalidFilter, match="no field 'colour'"):
+        await notes.ensure_indexes([CollectionIndex(fields=(("colour", SortDirection.ASC),))])
+
+
+async def test_a_unique_index_refuses_the_second_and_names_what_it_covers(notes: DocumentCollection[Note]) -> None:
+    await notes.ensure_indexes([CollectionIndex(fields=(("text", SortDirection.ASC),), unique=True)])
+    await notes.insert_one(note(1, text="same"))
+    with pytest.raises(UniqueViolation) as caught:
+        await notes.insert_one(note(2, text="same"))
+    assert caught.value.fields == ("text",)
+    assert (await notes.find({})).items == [note(1, text="same")]
+
+
+async def test_a_unique_index_over_duplicates_is_left_out_with_a_warning(make_database: DatabaseMaker) -> None:
+    heard = Heard()
+    unique_text = CollectionIndex(fields=(("text", SortDirection.ASC),), unique=True)
+    by_stars = CollectionIndex(fields=(("stars", SortDirection.ASC),))
+    async with make_database(logger=heard) as database:
+        notes = await notes_of(database)
+        await notes.insert_one(note(1, text="same"))
+        await notes.insert_one(note(2, text="same"))
+        await notes.ensure_indexes([unique_text, by_stars])
+        await notes.insert_one(note(3, text="same"))
+        assert (await notes.find({"text": {"$eq": "same"}})).total_count == 3
+    assert [warning for warning in heard.warnings if "going on without it" in warning]
+
+
+async def test_an_index_that_somebody_removed_is_back_after_opening(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as database:
+        await notes_of(database)
+    before = (await dashboard.collection(table))["indexes"]
+    await dashboard.change(table, lambda collection: collection["indexes"].clear())
+    async with make_database() as database:
+        await notes_of(database)
+    assert sorted((await dashboard.collection(table))["indexes"]) == sorted(before)
+
+
+async def test_opening_again_changes_nothing(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    async with make_database() as database:
+        notes = await notes_of(database)
+        await notes.ensure_indexes([CollectionIndex(fields=(("stars", SortDirection.ASC),))])
+    before = await dashboard.collection(table)
+    async with make_database() as database:
+        await notes_of(database)
+    assert await dashboard.collection(table) == before
