@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, Self, cast
+from weakref import WeakValueDictionary
 
 import httpx
 from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
@@ -245,6 +246,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._spec = spec
         self._connection = connection
         self._committer = committer
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._closed = False
 
     def close(self) -> None:
@@ -347,9 +349,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                     return UpdateResult(True, 0, 0, None)
                 return UpdateResult(True, 0, 0, cast(TDocument, await self._insert(params)))
             row, document = match
-            body = self.codec.encode_update(params, row.extra)
             try:
-                updated = await self._apply(Operation("PATCH", self._spec.name, row.id, body))
+                updated = await self._update(row, params)
             except RecordNotFound:  # deleted since it was found: there may be another match
                 continue
             return UpdateResult(True, 1, 1, cast(TDocument, updated or document | snapshot(params)))
@@ -465,6 +466,19 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         record_id = new_id()
         body, copy = self.codec.encode(document, record_id)
         return await self._apply(Operation("POST", self._spec.name, record_id, body)) or copy
+
+    async def _update(self, row: Row, params: Mapping[str, Any]) -> dict[str, Json] | None:
+        """Change the named fields of a record. Those that must change `extra` take turns, each on what the one before
+        it left: of two at once, one would be lost."""
+        body, rests_on_extra = self.codec.encode_update(params, row.extra)
+        if not rests_on_extra:
+            return await self._apply(Operation("PATCH", self._spec.name, row.id, body))
+        async with self._turns.setdefault(row.id, asyncio.Lock()):
+            found = await self.reader.by_ids([row.id])
+            if row.id not in found:
+                raise RecordNotFound(f"update in '{self._spec.name}': the record is gone", status=404)
+            body, _ = self.codec.encode_update(params, found[row.id].extra)
+            return await self._apply(Operation("PATCH", self._spec.name, row.id, body))
 
     async def _apply(self, operation: Operation) -> dict[str, Json] | None:
         """Commit an insert or an update, and return the document as it is then; None where others have deleted

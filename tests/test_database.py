@@ -439,6 +439,20 @@ async def test_two_servers_that_update_different_fields_both_win(two_servers: tu
         assert await one.find_one(where) == await other.find_one(where) == expected
 
 
+async def test_updates_at_once_whose_values_have_no_column_of_their_own_both_win(items: Items) -> None:
+    """None in a plain field and a lone surrogate share the column `extra`."""
+    await items.insert_one(item(0))
+    for number in range(20):
+        exceptional = "\ud800" * (number + 1)
+        await asyncio.gather(
+            items.update_one({}, change(name=None)),
+            items.update_one({}, change(rank=2**60 + number)),
+            items.update_one({}, change(creation_utc=exceptional)),
+        )
+        assert await items.find_one({}) == item(0, name=None, rank=2**60 + number, creation_utc=exceptional)
+        await items.update_one({}, change(name="back"))
+
+
 async def test_many_updates_of_one_document_are_all_counted(two_servers: tuple[Items, Items]) -> None:
     await two_servers[0].insert_one(item(0))
     updates = [two_servers[n % 2].update_one({}, change(rank=n)) for n in range(100)]

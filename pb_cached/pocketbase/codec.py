@@ -205,10 +205,11 @@ class RecordCodec:
         copy = snapshot(document)
         return self._sized({"id": record_id, **self._columns_of(copy), "rev": 1}, copy), copy
 
-    def encode_update(self, params: Mapping[str, Any], extra: str) -> bytes:
+    def encode_update(self, params: Mapping[str, Any], extra: str) -> tuple[bytes, bool]:
         """The body that changes the named fields of a record whose `extra` is known, and no others.
 
-        `extra` is written only where it changes: it is one column, and belongs to all fields.
+        `extra` is written only where it changes: it is one column, and belongs to all fields. Whether it is written
+        is the second of what is returned: such an update rests on what was read.
 
         Raises:
             InvalidDocument, DocumentTooLarge: as `encode`.
@@ -223,7 +224,7 @@ class RecordCodec:
         if (text := _extra_text(merged)) != extra:
             columns["extra"] = text
         columns["rev+"] = 1
-        return self._sized(columns, copy)
+        return self._sized(columns, copy), "extra" in columns
 
     def encode_replacement(self, document: Mapping[str, Any]) -> bytes:
         """The body that makes a record hold this document and nothing else. Raises as `encode`."""
