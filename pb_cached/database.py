@@ -41,8 +41,9 @@ from pb_cached.errors import (
     RecordNotFound,
     SchemaError,
 )
+from pb_cached.exact import Json
 from pb_cached.migrations import Failures, Migration
-from pb_cached.pocketbase.codec import Json, RecordCodec, Row, snapshot
+from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
 from pb_cached.pocketbase.commit import Operation
 from pb_cached.pocketbase.filters import FilterWriter, is_unshared
 from pb_cached.pocketbase.ids import new_id

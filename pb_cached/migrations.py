@@ -26,7 +26,8 @@ from parlant.core.common import Version
 from parlant.core.persistence.document_database import BaseDocument
 
 from pb_cached.errors import RecordNotFound
-from pb_cached.pocketbase.codec import Json, RecordCodec, Row, snapshot
+from pb_cached.exact import Json
+from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
 from pb_cached.pocketbase.commit import Operation
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.ids import new_id

@@ -13,7 +13,6 @@ Everything is encoded at the call, so the caller may change the document afterwa
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, cast
@@ -22,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from pb_cached.errors import DocumentTooLarge, InvalidDocument, SchemaError, named
+from pb_cached.exact import Json, dumps, loads
 from pb_cached.pocketbase.schema import Column, Kind, Layout
 
 SAFE_INTEGER: Final = 2**53
@@ -29,10 +29,6 @@ SAFE_INTEGER: Final = 2**53
 _LARGEST_FLOAT: Final = 1.7976931348623157e308
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
-
-Json = Any
-"""A JSON value as Python has it: dict, list, str, int, float, bool, None."""
 
 
 class Row(Protocol):
@@ -51,22 +47,6 @@ class Extra(Struct, omit_defaults=True):
 
     values: dict[str, Json] = {}
     missing: list[str] = []
-
-
-def dumps(value: Json) -> bytes:
-    """JSON as bytes. Lone surrogates, which UTF-8 cannot hold, are written as escapes."""
-    try:
-        return _encode(value)
-    except UnicodeEncodeError:
-        return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
-
-
-def loads(text: str | bytes) -> Json:
-    """JSON that `dumps` wrote, or that a foreign hand did."""
-    try:
-        return _decode(text)
-    except msgspec.DecodeError:
-        return json.loads(text)  # lone surrogates
 
 
 def snapshot(document: Mapping[str, Any]) -> dict[str, Json]:

@@ -20,7 +20,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from pb_cached.pocketbase.codec import SAFE_INTEGER, Json, image
+from pb_cached.exact import Json
+from pb_cached.pocketbase.codec import SAFE_INTEGER, image
 from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.pocketbase.schema import Column, Kind
 
