@@ -469,8 +469,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         return await self._apply(Operation("POST", self._spec.name, record_id, body)) or copy
 
     async def _update(self, row: Row, params: Mapping[str, Any]) -> dict[str, Json] | None:
-        """Change the named fields of a record. Those that must change `extra` take turns, each on what the one before
-        it left: of two at once, one would be lost."""
+        """Change the named fields of a record. Updates that must change `extra` take turns, each on what the one
+        before it left: of two at once, one would be lost."""
         body, rests_on_extra = self.codec.encode_update(params, row.extra)
         if not rests_on_extra:
             return await self._apply(Operation("PATCH", self._spec.name, row.id, body))

@@ -188,8 +188,8 @@ class RecordCodec:
     def encode_update(self, params: Mapping[str, Any], extra: str) -> tuple[bytes, bool]:
         """The body that changes the named fields of a record whose `extra` is known, and no others.
 
-        `extra` is written only where it changes: it is one column, and belongs to all fields. Whether it is written
-        is the second of what is returned: such an update rests on what was read.
+        `extra` is written only where it changes: it is one column, and belongs to all fields. Whether it is
+        written is the second of what is returned: such an update rests on what was read.
 
         Raises:
             InvalidDocument, DocumentTooLarge: as `encode`.
