@@ -30,7 +30,7 @@ from parlant.core.persistence.document_database import (
     UpdateResult,
 )
 
-from pb_cached.cache.predicate import Predicate, compile_where
+from pb_cached.cache.predicate import compile_where
 from pb_cached.config import Config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
@@ -43,12 +43,14 @@ from pb_cached.errors import (
 )
 from pb_cached.exact import Json
 from pb_cached.migrations import Failures, Migration
-from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
+from pb_cached.pocketbase.codec import RecordCodec, snapshot
 from pb_cached.pocketbase.commit import Operation
-from pb_cached.pocketbase.filters import FilterWriter, is_unshared
+from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.records import RecordReader
-from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, Kind, document_collection
+from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
+from pb_cached.reading import DirectReads, Match, Reads
+from pb_cached.reading.order import after, position
 from pb_cached.telemetry import log_through
 from pb_cached.writes import Committer
 
@@ -244,6 +246,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self.codec = codec
         self.reader = RecordReader(connection.client, connection.dialect, codec)
         self.filters = FilterWriter(codec.columns, connection.dialect)
+        self._reads: Reads = DirectReads(codec, self.reader, self.filters, connection.dialect)
         self._spec = spec
         self._connection = connection
         self._committer = committer
@@ -273,20 +276,20 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         Raises:
             InvalidFilter: an unknown operator or a malformed filter.
         """
+        self._require_open()
         if limit is not None and limit < 0:
             raise InvalidFilter(f"limit must not be negative, got {limit}")
         descending = sort_direction == SortDirection.DESC
-        where = _after(filters, cursor, descending)
-        predicate, narrowed = self._understood(where)
-        if narrowed is None:
-            return FindResult(items=[], total_count=0, has_more=False)
-        if limit is not None and self.filters.is_exact(where):
-            page = await self._page(narrowed[0], limit, descending)
-            if page is not None:
-                return page
-        found = [document async for _, document in self._matches(narrowed, predicate)]
-        found.sort(key=_position, reverse=descending)
-        return _result(found if limit is None else found[:limit], len(found))
+        where = after(filters, cursor, descending)
+        found = await self._reads.find(where, compile_where(where), limit, descending)
+        has_more = found.total > len(found.documents)
+        last = found.documents[-1] if has_more and found.documents else None
+        return FindResult(
+            items=cast(Any, found.documents),
+            total_count=found.total,
+            has_more=has_more,
+            next_cursor=Cursor(creation_utc=position(last)[0], id=ObjectId(position(last)[1])) if last else None,
+        )
 
     async def find_one(self, filters: Where, sort: CollectionSort | None = None) -> TDocument | None:
         """The first match: in the order of `sort`, ties in the order of insertion; without it, the first inserted.
@@ -296,13 +299,12 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         Raises:
             InvalidFilter: as `find`.
         """
-        predicate, narrowed = self._understood(filters)
-        if narrowed is None:
-            return None
+        self._require_open()
+        predicate = compile_where(filters)
         if sort:
-            return await self._first_sorted(narrowed, predicate, sort)
-        match = await self._first(narrowed, predicate)
-        return cast(TDocument, match[1]) if match else None
+            return cast(TDocument | None, await self._reads.first_sorted(filters, predicate, sort))
+        match = await self._reads.first(filters, predicate)
+        return cast(TDocument, match.document) if match else None
 
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
         """Create the indexes that are missing. One that PocketBase refuses is reported and left out."""
@@ -342,19 +344,19 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         Raises:
             As `insert_one`, and InvalidFilter.
         """
-        predicate, narrowed = self._understood(filters)
+        self._require_open()
+        predicate = compile_where(filters)
         for _ in range(_ATTEMPTS):
-            match = await self._first(narrowed, predicate) if narrowed else None
+            match = await self._reads.first(filters, predicate)
             if match is None:
                 if not upsert:
                     return UpdateResult(True, 0, 0, None)
                 return UpdateResult(True, 0, 0, cast(TDocument, await self._insert(params)))
-            row, document = match
             try:
-                updated = await self._update(row, params)
+                updated = await self._update(match, params)
             except RecordNotFound:  # deleted since it was found: there may be another match
                 continue
-            return UpdateResult(True, 1, 1, cast(TDocument, updated or document | snapshot(params)))
+            return UpdateResult(True, 1, 1, cast(TDocument, updated or match.document | snapshot(params)))
         raise RecordNotFound(f"update in '{self._spec.name}': every match was deleted before it could be updated")
 
     async def delete_one(self, filters: Where) -> DeleteResult[TDocument]:
@@ -363,17 +365,17 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         Raises:
             As `update_one`.
         """
-        predicate, narrowed = self._understood(filters)
+        self._require_open()
+        predicate = compile_where(filters)
         for _ in range(_ATTEMPTS):
-            match = await self._first(narrowed, predicate) if narrowed else None
+            match = await self._reads.first(filters, predicate)
             if match is None:
                 return DeleteResult(True, 0, None)
-            row, document = match
             try:
-                await self._committer.write(Operation("DELETE", self._spec.name, row.id))
+                await self._committer.write(Operation("DELETE", self._spec.name, match.record))
             except RecordNotFound:
                 continue
-            return DeleteResult(True, 1, cast(TDocument, document))
+            return DeleteResult(True, 1, cast(TDocument, match.document))
         raise RecordNotFound(f"delete in '{self._spec.name}': every match was deleted by others first")
 
     def _require_open(self) -> None:
@@ -381,83 +383,6 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             raise PBCachedError(
                 f"collection '{self._spec.name}': its database is closed; open it again, and the collection"
             )
-
-    # reading
-
-    def _understood(self, where: Where) -> tuple[Predicate, Sequence[str] | None]:
-        """A filter as the predicate that decides, and as PocketBase's filters that narrow."""
-        self._require_open()
-        predicate = compile_where(where)
-        return predicate, self.filters.narrow(where)
-
-    async def _page(self, filter_: str, limit: int, descending: bool) -> FindResult[TDocument] | None:
-        """A limited result straight from PocketBase's own order and count. None where that order is not the
-        documents': where it is made from images that are not their values."""
-        order = [self.codec.columns.get(field) for field in ("creation_utc", "id")]
-        if limit >= self._connection.dialect.per_page or any(c is None or c.kind is not Kind.TEXT for c in order):
-            return None
-        sign = "-" if descending else ""
-        sort = ",".join([*(sign + column.name for column in order if column), "id"])
-        page = await self.reader.page(filter_, sort, limit + 1, total=True)
-        documents = [self.codec.document(row) for row in page.rows]
-        for row, document in zip(page.rows, documents, strict=True):
-            if any(document.get(field) != self.codec.held(row, field) for field in ("creation_utc", "id")):
-                return None
-        # PocketBase counts beside its reading, not within: a page that is not full tells the total itself.
-        total = len(documents) if len(documents) <= limit else max(page.total, len(documents))
-        return _result(documents[:limit], total)
-
-    async def _matches(self, narrowed: Sequence[str], predicate: Predicate) -> Any:
-        """Every match, with its row, once."""
-        async for row in self.reader.all(narrowed):
-            document = self.codec.document(row)
-            if predicate(document):
-                yield row, document
-
-    async def _first(self, narrowed: Sequence[str], predicate: Predicate) -> tuple[Row, dict[str, Json]] | None:
-        """The match that was inserted first."""
-        first: tuple[Row, dict[str, Json]] | None = None
-        for filter_ in narrowed:
-            # Most filters say all there is to say, so the first record is the match: ask for few.
-            page = await self.reader.page(filter_, "id", 2)
-            async for match in self._among(page.rows, filter_, predicate):
-                if first is None or match[0].id < first[0].id:
-                    first = match
-                break
-        return first
-
-    async def _among(self, rows: Sequence[Row], filter_: str, predicate: Predicate) -> Any:
-        for row in rows:
-            if predicate(document := self.codec.document(row)):
-                yield row, document
-        if len(rows) == 2:
-            async for match in self._matches((filter_,), predicate):
-                yield match
-
-    async def _first_sorted(
-        self, narrowed: Sequence[str], predicate: Predicate, sort: CollectionSort
-    ) -> TDocument | None:
-        columns = [self.codec.columns.get(field) for field, _ in sort]
-        if len(narrowed) == 1 and all(column and column.kind is not Kind.JSON for column in columns):
-            order = ",".join(
-                ("-" if direction == SortDirection.DESC else "") + column.name
-                for column, (_, direction) in zip(columns, sort, strict=True)
-                if column
-            )
-            rows = (await self.reader.page(narrowed[0], f"{order},id", 2)).rows
-            if not rows:
-                return None
-            # Values that differ from their images may share them with the first one's, and stand before it.
-            alone = len(rows) == 1 or all(
-                is_unshared(self.codec.held(rows[0], column.field), column.kind) for column in columns if column
-            )
-            if alone and predicate(document := self.codec.document(rows[0])):
-                return cast(TDocument, document)
-        found = [match async for match in self._matches(narrowed, predicate)]
-        found.sort(key=lambda match: match[0].id)
-        for field, direction in reversed(sort):
-            found.sort(key=partial(_sort_key, field), reverse=direction == SortDirection.DESC)
-        return cast(TDocument, found[0][1]) if found else None
 
     # writing
 
@@ -468,18 +393,18 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         body, copy = self.codec.encode(document, record_id)
         return await self._apply(Operation("POST", self._spec.name, record_id, body)) or copy
 
-    async def _update(self, row: Row, params: Mapping[str, Any]) -> dict[str, Json] | None:
+    async def _update(self, match: Match, params: Mapping[str, Any]) -> dict[str, Json] | None:
         """Change the named fields of a record. Updates that must change `extra` take turns, each on what the one
         before it left: of two at once, one would be lost."""
-        body, rests_on_extra = self.codec.encode_update(params, row.extra)
+        body, rests_on_extra = self.codec.encode_update(params, match.document)
         if not rests_on_extra:
-            return await self._apply(Operation("PATCH", self._spec.name, row.id, body))
-        async with self._turns.setdefault(row.id, asyncio.Lock()):
-            found = await self.reader.by_ids([row.id])
-            if row.id not in found:
+            return await self._apply(Operation("PATCH", self._spec.name, match.record, body))
+        async with self._turns.setdefault(match.record, asyncio.Lock()):
+            rows = await self.reader.by_ids([match.record])
+            if match.record not in rows:
                 raise RecordNotFound(f"update in '{self._spec.name}': the record is gone", status=404)
-            body, _ = self.codec.encode_update(params, found[row.id].extra)
-            return await self._apply(Operation("PATCH", self._spec.name, row.id, body))
+            body, _ = self.codec.encode_update(params, self.codec.document(rows[match.record]))
+            return await self._apply(Operation("PATCH", self._spec.name, match.record, body))
 
     async def _apply(self, operation: Operation) -> dict[str, Json] | None:
         """Commit an insert or an update, and return the document as it is then; None where others have deleted
@@ -498,43 +423,3 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
         (reply,) = await self._committer.write(again)
         return self.codec.document(self.codec.row(reply.record))
-
-
-def _after(filters: Where, cursor: Cursor | None, descending: bool) -> dict[str, Any]:
-    """The filter, and beyond the cursor. Said so that an index on `creation_utc` serves as a range."""
-    if cursor is None:
-        return cast(dict[str, Any], filters)
-    strictly, within = ("$lt", "$lte") if descending else ("$gt", "$gte")
-    at, id_ = str(cursor.creation_utc), str(cursor.id)
-    return {
-        "$and": [
-            filters,
-            {"creation_utc": {within: at}},
-            {"$or": [{"creation_utc": {strictly: at}}, {"id": {strictly: id_}}]},
-        ]
-    }
-
-
-def _position(document: Mapping[str, Json]) -> tuple[str, str]:
-    return str(document.get("creation_utc") or ""), str(document.get("id") or "")
-
-
-def _sort_key(field: str, match: tuple[Row, Mapping[str, Json]]) -> tuple[int, Any]:
-    """Missing and None first, then numbers, strings, and everything else by its text."""
-    value = match[1].get(field)
-    if value is None:
-        return 0, 0
-    if isinstance(value, int | float):
-        return 1, value
-    return (2, value) if isinstance(value, str) else (3, str(value))
-
-
-def _result(items: Sequence[Mapping[str, Json]], total: int) -> FindResult[Any]:
-    has_more = total > len(items)
-    last = items[-1] if has_more and items else None
-    return FindResult(
-        items=cast(Any, items),
-        total_count=total,
-        has_more=has_more,
-        next_cursor=Cursor(creation_utc=_position(last)[0], id=ObjectId(_position(last)[1])) if last else None,
-    )

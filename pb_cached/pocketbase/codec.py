@@ -185,8 +185,8 @@ class RecordCodec:
         copy = snapshot(document)
         return self._sized({"id": record_id, **self._columns_of(copy), "rev": 1}, copy), copy
 
-    def encode_update(self, params: Mapping[str, Any], extra: str) -> tuple[bytes, bool]:
-        """The body that changes the named fields of a record whose `extra` is known, and no others.
+    def encode_update(self, params: Mapping[str, Any], document: Mapping[str, Json]) -> tuple[bytes, bool]:
+        """The body that changes the named fields of a record that holds `document`, and no others.
 
         `extra` is written only where it changes: it is one column, and belongs to all fields. Whether it is
         written is the second of what is returned: such an update rests on what was read.
@@ -196,12 +196,12 @@ class RecordCodec:
         """
         copy = snapshot(params)
         columns, new = self._images(copy)
-        old = _extra_of(extra)
+        old = self._whole(document)[1]
         merged = Extra(
             values={k: v for k, v in old.values.items() if k not in copy} | new.values,
             missing=[field for field in old.missing if field not in copy],
         )
-        if (text := _extra_text(merged)) != extra:
+        if (text := _extra_text(merged)) != _extra_text(old):
             columns["extra"] = text
         columns["rev+"] = 1
         return self._sized(columns, copy), "extra" in columns
@@ -214,11 +214,15 @@ class RecordCodec:
 
     def _columns_of(self, copy: Mapping[str, Json]) -> dict[str, Json]:
         """The columns, `extra` among them, of a whole document."""
+        columns, extra = self._whole(copy)
+        return {**columns, "extra": _extra_text(extra)}
+
+    def _whole(self, copy: Mapping[str, Json]) -> tuple[dict[str, Json], Extra]:
         columns, extra = self._images(copy)
         extra.missing = [
             column.field for column in self._declared if column.field not in copy and column.kind is not Kind.JSON
         ]
-        return {**columns, "extra": _extra_text(extra)}
+        return columns, extra
 
     def _images(self, copy: Mapping[str, Json]) -> tuple[dict[str, Json], Extra]:
         columns: dict[str, Json] = {}

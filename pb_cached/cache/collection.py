@@ -1,0 +1,374 @@
+"""The cache of one collection. There is one way into it, `apply`, whoever made the change.
+
+What is known of a record is its revision, and three rules decide about a change that arrives:
+
+* a revision that follows the cached one replaces it;
+* one that is already known, or that a deletion or a move has overtaken, is dropped;
+* everything else is doubt, and a record in doubt is read again before its partition answers.
+
+Reads of PocketBase, of a whole partition or of records in doubt, are under way while changes arrive, and nothing
+tells which of the two is later. So each `Reading` gathers the changes of its time, and joins them with its rows by
+the same rules when it has ended. Hence the same changes, in any order, repeated or not, end in the same state.
+
+Does no I/O and never awaits: every method is one step, and nothing can come between its looking and its acting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from cachetools import TTLCache
+from msgspec import Struct
+
+from pb_cached.cache.memory import Memory
+from pb_cached.cache.partition import Entry, FactReader, Key, Partition
+
+REMEMBERED: Final = 100_000
+"""Deletions and moves that are kept in mind at most."""
+REMEMBERED_SECONDS: Final = 120.0
+"""How late a change may arrive and still be known as overtaken."""
+AVOIDED: Final = 10_000
+AVOIDED_SECONDS: Final = 60.0
+"""How long a partition is read through that is too large, or that an unfinished write may still change."""
+HOLES: Final = 1000
+"""Missing numbers that are waited for; beyond them the partition is read again at once."""
+
+DELETED: Final = 2**63
+"""The revision of what is deleted: no change follows it."""
+
+
+class Rule(Struct, frozen=True):
+    """How a collection is cached."""
+
+    partition_by: str = "id"
+    """The field whose value the documents of a partition share; `id` for document by document; empty for one
+    partition that holds the whole collection."""
+    sequence: str | None = None
+    """An integer field that numbers the documents of a partition from 0, without holes."""
+    unique_ids: bool = False
+    """No two documents have the same `id`, so an id tells the partition."""
+    max_documents: int = 10_000
+    """A partition beyond it is read through."""
+
+
+class State(Struct, frozen=True, gc=False):
+    """A record as a change or a read tells it."""
+
+    record: str
+    rev: int
+    document: bytes | None = None
+    """JSON; None where the record is deleted."""
+    key: Key | None = None
+    """The partition that it belongs to; None where it belongs to none that can be kept."""
+    doc_id: str | None = None
+
+
+class Reading:
+    """A read of PocketBase that is under way: of a partition, or of records; and the changes of its time."""
+
+    def __init__(self, key: Key | None, records: frozenset[str]) -> None:
+        self.key = key
+        self.records = records
+        self.changes: dict[str, State] = {}
+        self.doubts: set[str] = set()
+        self.void = False
+
+    def note(self, change: State) -> None:
+        known = self.changes.get(change.record)
+        if known is None or change.rev > known.rev:
+            self.changes[change.record] = change
+        elif change.rev == known.rev and change.document != known.document:
+            self.doubts.add(change.record)
+
+    def joined(self, record: str, row: State | None) -> State | None:
+        """What a record is, by this read's row and by what changed meanwhile."""
+        change = self.changes.get(record)
+        if change is None:
+            return row
+        if change.document is None:
+            return None
+        if row is None:
+            if change.rev > 1:  # it came here from elsewhere, or its deletion is still on its way
+                self.doubts.add(record)
+            return change
+        if change.rev > row.rev + 1 or (change.rev == row.rev and change.document != row.document):
+            self.doubts.add(record)
+        return change if change.rev > row.rev else row
+
+
+class Stats:
+    """Counters of a collection's cache. Only ever added to, but for `bytes`."""
+
+    __slots__ = ("bytes", "evictions", "hits", "loads", "misses", "negative_hits", "rereads")
+
+    def __init__(self) -> None:
+        self.hits = self.negative_hits = self.misses = self.loads = self.rereads = self.evictions = self.bytes = 0
+
+
+class CollectionCache:
+    """Partitions of one collection, in a memory that several collections share.
+
+    Mutable state, changed by the public methods alone: `_records` (where each cached record is) and `_ids` (which
+    record has an id), in step with the partitions in `_memory`; `_doubts` and `_holes` (why a cached partition may
+    not answer yet); `_gone` (what was deleted or moved on, up to which revision); `_avoided`; `_readings`.
+    """
+
+    def __init__(self, rule: Rule, memory: Memory) -> None:
+        self.rule = rule
+        self.facts = FactReader(rule.sequence)
+        self.stats = Stats()
+        self._memory = memory
+        self._number = memory.join(self._evicted)
+        self._records: dict[str, Key] = {}
+        self._ids: dict[str, str] = {}
+        self._doubts: dict[Key, set[str]] = {}
+        self._holes: dict[Key, set[int]] = {}
+        self._gone: TTLCache[str, int] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
+        self._avoided: TTLCache[Key, None] = TTLCache(AVOIDED, AVOIDED_SECONDS)
+        self._readings: set[Reading] = set()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    # looking
+
+    def get(self, key: Key) -> Partition | None:
+        """A partition that may answer."""
+        if key in self._doubts or key in self._holes:
+            return None
+        return self._memory.get(key)
+
+    def key(self, value: Any) -> Key | None:
+        """The key of the partition whose documents have this value in `partition_by`; None for a value that no
+        partition can be kept for."""
+        if type(value) is str:
+            return f"{self._number}:{value}"
+        return (self._number, value) if value is None or isinstance(value, int | float) else None
+
+    def place(self, doc_id: str) -> tuple[Key, str] | None:
+        """The partition and the record of the document with this id, where ids are unique."""
+        record = self._ids.get(doc_id)
+        return None if record is None else (self._records[record], record)
+
+    def state(self, record: str, rev: int, document: Mapping[str, Any], json: bytes) -> State:
+        """A record with this document, as a change or a read tells it."""
+        by = self.rule.partition_by
+        id_ = document.get("id")
+        return State(
+            record,
+            rev,
+            json,
+            self.key(document.get(by, ())) if by else self.key(""),
+            id_ if isinstance(id_, str) else None,
+        )
+
+    def may_keep(self, key: Key) -> bool:
+        """Is this partition worth a load?"""
+        return self._memory.max_bytes > 0 and key not in self._avoided
+
+    # changes
+
+    def apply(self, change: State) -> None:
+        """A record was created, updated or deleted, by whomever."""
+        for reading in self._readings:
+            reading.note(change)
+        if self._gone.get(change.record, 0) > change.rev:
+            return
+        at = self._records.get(change.record)
+        if change.document is None:
+            self._gone[change.record] = DELETED
+            self._drop(change.record)
+        elif at is None:
+            self._apply_unknown(change)
+        else:
+            self._apply_known(change, at)
+
+    def _apply_unknown(self, change: State) -> None:
+        if change.key is None or (partition := self._memory.peek(change.key)) is None:
+            return
+        if change.rev > 1:
+            self._doubt(change.record, change.key)
+            return
+        self._look_for_holes(partition, change)
+        self._put(change)
+
+    def _apply_known(self, change: State, at: Key) -> None:
+        partition = self._memory.peek(at)
+        assert partition is not None
+        entry = partition.entries[partition.index(change.record)]
+        if change.rev == entry.rev + 1:
+            if change.key == at:
+                self._unlink_id(entry)
+            else:
+                self._gone[change.record] = change.rev
+                self._drop(change.record)
+            self._put(change)
+        elif change.rev > entry.rev or (change.rev == entry.rev and change.document != entry.document):
+            self._doubt(change.record, at, change.key)
+
+    def avoid(self, key: Key | None) -> None:
+        """Read this partition through for a while: it is too large, or the outcome of a write to it is unknown."""
+        if key is not None:
+            self._avoided[key] = None
+            self.forget(key)
+        for reading in self._readings:
+            reading.void = True
+
+    def forget(self, key: Key) -> None:
+        """Drop a partition. The next reader loads it anew."""
+        partition = self._memory.remove(key)
+        if partition is not None:
+            self._unlink(partition)
+
+    def clear(self) -> None:
+        """Drop everything, and what running reads are about to bring."""
+        for key in set(self._records.values()):
+            self.forget(key)
+        for reading in self._readings:
+            reading.void = True
+
+    # reads of PocketBase
+
+    def begin(self, key: Key) -> Reading:
+        """A read of a whole partition begins: from now on changes are gathered for it."""
+        return self._begun(Reading(key, frozenset()))
+
+    def begin_again(self, key: Key) -> Reading | None:
+        """A read of all records in doubt begins; None where this partition waits for more than that."""
+        if key in self._holes or key not in self._doubts:
+            return None
+        return self._begun(Reading(None, frozenset().union(*self._doubts.values())))
+
+    def _begun(self, reading: Reading) -> Reading:
+        self._readings.add(reading)
+        return reading
+
+    def abandon(self, reading: Reading) -> None:
+        """The read failed."""
+        self._readings.discard(reading)
+
+    def load(self, reading: Reading, rows: Iterable[State]) -> None:
+        """The read of a partition has ended."""
+        self._readings.discard(reading)
+        if reading.void:
+            return
+        key = reading.key
+        assert key is not None
+        self.stats.loads += 1
+        found = {row.record: row for row in rows}
+        states = [reading.joined(record, found.get(record)) for record in found.keys() | reading.changes.keys()]
+        mine = [state for state in states if state is not None and state.key == key]
+        self.forget(key)
+        partition = Partition(key)
+        partition.fill([_entry(state) for state in mine], self.facts)
+        if len(mine) > self.rule.max_documents or not self._memory.fits(partition):
+            self._avoided[key] = None
+            return
+        for state in mine:
+            if state.record in self._records:  # it has moved, and nobody told
+                self._doubt(state.record, self._records[state.record])
+            self._link(state)
+        for record in reading.doubts:
+            self._doubts.setdefault(key, set()).add(record)
+        self.stats.bytes += partition.size
+        self._memory.add(partition)
+
+    def settle(self, reading: Reading, rows: Mapping[str, State]) -> None:
+        """The read of records in doubt has ended: what is not among the rows is not there."""
+        self._readings.discard(reading)
+        if reading.void:
+            return
+        self.stats.rereads += 1
+        for record in reading.records:
+            state = reading.joined(record, rows.get(record))
+            for key in [key for key, records in self._doubts.items() if record in records]:
+                self._doubts[key].discard(record)
+                if not self._doubts[key]:
+                    del self._doubts[key]
+            self._drop(record)
+            if state is not None:
+                self._put(state)
+                if record in reading.doubts:
+                    self._doubt(record, state.key)
+
+    # steps
+
+    def _put(self, state: State) -> None:
+        """Lay a record into its partition, where that is kept."""
+        if state.key is None or (partition := self._memory.peek(state.key)) is None:
+            return
+        before = partition.size
+        partition.put(_entry(state), self.facts)
+        self._link(state)
+        self.stats.bytes += partition.size - before
+        self._memory.resized(partition.size - before)
+        if len(partition.entries) > self.rule.max_documents or not self._memory.fits(partition):
+            self._avoided[partition.key] = None
+            self.forget(partition.key)
+
+    def _drop(self, record: str) -> None:
+        """Take a record out of the partition that it is in."""
+        key = self._records.pop(record, None)
+        partition = self._memory.peek(key) if key is not None else None
+        if partition is None:
+            return
+        entry = partition.entries[partition.index(record)]
+        self._unlink_id(entry)
+        before = partition.size
+        partition.drop(record)
+        self.stats.bytes += partition.size - before
+        self._memory.resized(partition.size - before)
+
+    def _link(self, state: State) -> None:
+        assert state.key is not None
+        self._records[state.record] = state.key
+        if self.rule.unique_ids and state.doc_id is not None:
+            self._ids[state.doc_id] = state.record
+
+    def _unlink_id(self, entry: Entry) -> None:
+        if self.rule.unique_ids:
+            id_ = self.facts(entry.document).id
+            if self._ids.get(id_) == entry.record:
+                del self._ids[id_]
+
+    def _unlink(self, partition: Partition) -> None:
+        self.stats.bytes -= partition.size
+        self._doubts.pop(partition.key, None)
+        self._holes.pop(partition.key, None)
+        for entry in partition.entries:
+            if self._records.get(entry.record) == partition.key:
+                del self._records[entry.record]
+            self._unlink_id(entry)
+
+    def _evicted(self, partition: Partition) -> None:
+        self.stats.evictions += 1
+        self._unlink(partition)
+
+    def _doubt(self, record: str, *keys: Key | None) -> None:
+        for key in keys:
+            if key is not None and self._memory.peek(key) is not None:
+                self._doubts.setdefault(key, set()).add(record)
+
+    def _look_for_holes(self, partition: Partition, new: State) -> None:
+        """A number that does not follow the highest one leaves a hole, which may be a change that is late."""
+        if self.rule.sequence is None or new.document is None:
+            return
+        number = self.facts(new.document).sequence
+        if type(number) is not int:
+            return
+        holes = self._holes.get(partition.key, set())
+        highest = partition.highest(self.facts)
+        if number in holes:
+            holes.discard(number)
+        elif number > highest + 1:
+            holes |= set(range(highest + 1, min(number, highest + 1 + HOLES)))
+        if holes:
+            self._holes[partition.key] = holes
+        else:
+            self._holes.pop(partition.key, None)
+
+
+def _entry(state: State) -> Entry:
+    assert state.document is not None
+    return Entry(state.record, state.rev, state.document)
