@@ -273,6 +273,7 @@ class AnyOrder(RuleBasedStateMachine):
     rows at some moment between their beginning and their end; a foreign hand writes and leaves the revision."""
 
     told = Bundle("told")
+    edited = Bundle("edited")
     begun = Bundle("begun")
     read = Bundle("read")
 
@@ -282,6 +283,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.stored: dict[str, State] = {}
         self.made = 0
         self.untold: list[State] = []
+        self.untold_edits: list[State] = []
 
     def store(self, new: State) -> State:
         if new.document is None:
@@ -317,20 +319,29 @@ class AnyOrder(RuleBasedStateMachine):
             return multiple()
         return self.store(State(data.draw(st.sampled_from(sorted(self.stored))), DELETED))
 
-    @rule(target=told, data=st.data(), session=st.sampled_from(SESSIONS))
+    @rule(target=edited, data=st.data(), session=st.sampled_from(SESSIONS))
     def edit(self, data: st.DataObject, session: str) -> Any:
         """A foreign hand writes, and leaves the revision as it is."""
         if not self.stored:
             return multiple()
         old = self.stored[data.draw(st.sampled_from(sorted(self.stored)))]
         self.made += 1
-        return self.store(state(self.cache, old.record, old.rev, session=session, text=f"edit {self.made}"))
+        edit = state(self.cache, old.record, old.rev, session=session, text=f"edit {self.made}")
+        self.stored[old.record] = edit
+        self.untold_edits.append(edit)
+        return edit
 
     @rule(change=told)
     def tell(self, change: State) -> None:
         if change in self.untold:
             self.untold.remove(change)
         self.cache.apply(change)
+
+    @rule(edit=edited)
+    def tell_of_edit(self, edit: State) -> None:
+        if edit in self.untold_edits:
+            self.untold_edits.remove(edit)
+        self.cache.edited(edit)
 
     @rule(target=begun, session=st.sampled_from(SESSIONS))
     def begin(self, session: str) -> Reading:
@@ -382,6 +393,8 @@ class AnyOrder(RuleBasedStateMachine):
         """Everything is told at last, and whoever is in doubt reads again: then the cache is right."""
         for change in self.untold:
             self.cache.apply(change)
+        for edit in self.untold_edits:
+            self.cache.edited(edit)
         for session in SESSIONS:
             key = self.cache.key(session)
             assert key is not None

@@ -15,6 +15,7 @@ Does no I/O and never awaits: every method is one step, and nothing can come bet
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -74,7 +75,9 @@ class Reading:
         self.doubts: set[str] = set()
         self.void = False
 
-    def note(self, change: State) -> None:
+    def note(self, change: State, doubtful: bool = False) -> None:
+        if doubtful:
+            self.doubts.add(change.record)
         known = self.changes.get(change.record)
         if known is None or change.rev > known.rev:
             self.changes[change.record] = change
@@ -126,6 +129,8 @@ class CollectionCache:
         self._holes: dict[Key, set[int]] = {}
         self._gone: TTLCache[str, int] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
         self._avoided: TTLCache[Key, None] = TTLCache(AVOIDED, AVOIDED_SECONDS)
+        self._avoid_all_until = 0.0
+        self._clock = time.monotonic
         self._readings: set[Reading] = set()
 
     def __len__(self) -> int:
@@ -146,6 +151,14 @@ class CollectionCache:
             return f"{self._number}:{value}"
         return (self._number, value) if value is None or isinstance(value, int | float) else None
 
+    def value(self, key: Key) -> Any:
+        """The value that makes this key."""
+        return key.partition(":")[2] if isinstance(key, str) else key[1]
+
+    def key_of(self, record: str) -> Key | None:
+        """The partition that a record is cached in."""
+        return self._records.get(record)
+
     def place(self, doc_id: str) -> tuple[Key, str] | None:
         """The partition and the record of the document with this id, where ids are unique."""
         record = self._ids.get(doc_id)
@@ -165,29 +178,40 @@ class CollectionCache:
 
     def may_keep(self, key: Key) -> bool:
         """Is this partition worth a load?"""
-        return self._memory.max_bytes > 0 and key not in self._avoided
+        if self._memory.max_bytes == 0 or key in self._avoided:
+            return False
+        return self._avoid_all_until == 0 or self._clock() >= self._avoid_all_until
 
     # changes
 
     def apply(self, change: State) -> None:
         """A record was created, updated or deleted, by whomever."""
-        for reading in self._readings:
-            reading.note(change)
-        if self._gone.get(change.record, 0) > change.rev:
+        gone = self._gone.get(change.record, 0)
+        if gone > change.rev:
             return
+        known = gone == change.rev
+        for reading in self._readings:
+            reading.note(change, doubtful=known)
         at = self._records.get(change.record)
         if change.document is None:
             self._gone[change.record] = DELETED
             self._drop(change.record)
         elif at is None:
-            self._apply_unknown(change)
+            self._apply_unknown(change, known)
         else:
             self._apply_known(change, at)
 
-    def _apply_unknown(self, change: State) -> None:
+    def edited(self, edit: State) -> None:
+        """A foreign hand, a person in the dashboard say, wrote this state without regard for its revision."""
+        for reading in self._readings:
+            reading.note(edit, doubtful=True)
+        self._gone[edit.record] = max(edit.rev, self._gone.get(edit.record, 0))
+        self._doubt(edit.record, self._records.get(edit.record), edit.key)
+
+    def _apply_unknown(self, change: State, known: bool) -> None:
         if change.key is None or (partition := self._memory.peek(change.key)) is None:
             return
-        if change.rev > 1:
+        if change.rev > 1 or known:
             self._doubt(change.record, change.key)
             return
         self._look_for_holes(partition, change)
@@ -208,10 +232,14 @@ class CollectionCache:
             self._doubt(change.record, at, change.key)
 
     def avoid(self, key: Key | None) -> None:
-        """Read this partition through for a while: it is too large, or the outcome of a write to it is unknown."""
-        if key is not None:
-            self._avoided[key] = None
-            self.forget(key)
+        """A write whose outcome is unknown may change this partition yet: read it through for a while. None where
+        it may be any."""
+        if key is None:
+            self._avoid_all_until = self._clock() + AVOIDED_SECONDS
+            self.clear()
+            return
+        self._avoided[key] = None
+        self.forget(key)
         for reading in self._readings:
             reading.void = True
 
@@ -266,8 +294,11 @@ class CollectionCache:
             self._avoided[key] = None
             return
         for state in mine:
-            if state.record in self._records:  # it has moved, and nobody told
-                self._doubt(state.record, self._records[state.record])
+            elsewhere = self._records.get(state.record)
+            if elsewhere is not None:  # it has moved, and nobody told
+                self._drop(state.record)
+                self._doubt(state.record, elsewhere)
+                reading.doubts.add(state.record)
             self._link(state)
         for record in reading.doubts:
             self._doubts.setdefault(key, set()).add(record)
