@@ -1,8 +1,8 @@
 """Settings: one TOML file into frozen structs, and where PocketBase is and who we are to it.
 
 Precedence, from strongest to weakest: what the caller passes, the environment, the TOML file, the defaults.
-The URL is looked up by itself; credentials are taken together from the first source that holds any, so that
-a token in the environment never overrules the password that a caller passed.
+The URL, the secret and the email are looked up one by one. A token and a password are one secret here, so that a
+token in the environment never overrules the password that a caller passed.
 
 Knows nothing of HTTP or Parlant. Secrets live in `Secret` only: they have no readable `repr` and are never
 part of a message.
@@ -14,9 +14,9 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -34,6 +34,7 @@ MIB: Final = 1024 * 1024
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Prefix = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,99}$")]
+Text = Annotated[str, Meta(min_length=1)]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,14 +44,14 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class PocketBaseSettings(Section, frozen=True):
     """`[pocketbase]`: where it is, how to sign in, how to talk to it."""
 
-    url: str | None = None
+    url: Text | None = None
     """Such as `http://127.0.0.1:8090`. Without one, anywhere, `open_stores` starts the embedded server."""
-    admin_email: str | None = None
-    admin_password_file: str | None = None
+    admin_email: Text | None = None
+    admin_password_file: Text | None = None
     """A file that holds the password and nothing else."""
-    admin_token_file: str | None = None
+    admin_token_file: Text | None = None
     """A file that holds a superuser's token and nothing else."""
-    data_dir: str = "pocketbase-data"
+    data_dir: Text = "pocketbase-data"
     """Where the embedded server keeps its data."""
     manage_settings: bool = True
     """May we switch PocketBase's batch API on where it is off?"""
@@ -72,6 +73,14 @@ class StoreSettings(Section, frozen=True):
     """`stable`: Parlant's own, derived from the content, which repeat after a restart."""
     migrate: bool = False
     """May opening a store bring documents of older Parlant versions up to date?"""
+
+    def __post_init__(self) -> None:
+        prefixes = (self.session_prefix, self.customer_prefix, self.variable_prefix)
+        if len({prefix.lower() for prefix in prefixes}) < len(prefixes):
+            raise ValueError(
+                "session_prefix, customer_prefix and variable_prefix must differ, in more than case: "
+                "each of the stores has a collection called 'metadata'"
+            )
 
 
 class WriteSettings(Section, frozen=True):
@@ -135,6 +144,8 @@ class Config(Section, frozen=True):
             config = msgspec.convert(table, cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{file}: {_explained(str(error))}") from error
+        if config.pocketbase.url is not None:
+            _checked_url(config.pocketbase.url, f"{file}: pocketbase.url")
         return msgspec.structs.replace(config, pocketbase=_anchored(config.pocketbase, file, table))
 
 
@@ -197,47 +208,36 @@ def environment_is_silent() -> bool:
 def find_address(config: Config, params: Mapping[str, Any] | None = None) -> Address:
     """Where PocketBase is and how to sign in.
 
+    The secret is that of the strongest source that has one; in each, a token counts before a password. The email
+    that goes with a password is no secret: the strongest source that names one decides.
+
     Raises:
         ConfigError: no source names a URL, or none holds complete credentials.
     """
     url = find_url(config, params)
     if url is None:
-        raise ConfigError(
-            f"no PocketBase URL: pass connection_params={{'url': ...}}, or set {URL_VARIABLE}, "
-            "or set url under [pocketbase] in the configuration file"
+        half = next(
+            (name for name in (TOKEN_VARIABLE, EMAIL_VARIABLE, PASSWORD_VARIABLE) if os.environ.get(name)), ""
         )
-    given, settings = params or {}, config.pocketbase
+        raise ConfigError(
+            f"no PocketBase URL{half and f', though {half} is set'}: pass connection_params={{'url': ...}}, "
+            f"or set {URL_VARIABLE}, or set url under [pocketbase] in the configuration file"
+        )
     sources = (
-        (
-            "connection_params",
-            ("admin_token", "admin_email", "admin_password"),
-            (given.get("admin_token"), given.get("admin_email"), given.get("admin_password")),
-        ),
-        (
-            "the environment",
-            (TOKEN_VARIABLE, EMAIL_VARIABLE, PASSWORD_VARIABLE),
-            tuple(os.environ.get(name) for name in (TOKEN_VARIABLE, EMAIL_VARIABLE, PASSWORD_VARIABLE)),
-        ),
-        (
-            "[pocketbase]",
-            ("admin_token_file", "admin_email", "admin_password_file"),
-            (
-                _secret_file(settings.admin_token_file, "admin_token_file"),
-                settings.admin_email,
-                _secret_file(settings.admin_password_file, "admin_password_file"),
-            ),
+        _Source("connection_params", "admin_token", "admin_email", "admin_password", (params or {}).get),
+        _Source("the environment", TOKEN_VARIABLE, EMAIL_VARIABLE, PASSWORD_VARIABLE, os.environ.get),
+        _Source(
+            "[pocketbase]", "admin_token_file", "admin_email", "admin_password_file", _from_file(config.pocketbase)
         ),
     )
-    email: str | None = None
-    for source, names, (token, named_email, password) in sources:
-        email = named_email or email  # the email is no secret: TOML may name it, the environment the password
-        if token:
-            return Address(url, Credentials(token=Secret(str(token))))
-        if password:
-            email = email or settings.admin_email
+    email = next((found for source in sources if (found := source.get(source.email))), None)
+    for source in sources:
+        if token := source.get(source.token):
+            return Address(url, Credentials(token=Secret(token)))
+        if password := source.get(source.password):
             if not email:
-                raise ConfigError(f"{source} holds {names[2]} but no email: set {names[1]} too")
-            return Address(url, Credentials(email=str(email), password=Secret(str(password))))
+                raise ConfigError(f"{source.name} holds {source.password} but no email: set {source.email} too")
+            return Address(url, Credentials(email=email, password=Secret(password)))
     if email:
         raise ConfigError(
             f"an admin email is configured but no password: set {PASSWORD_VARIABLE}, "
@@ -247,6 +247,26 @@ def find_address(config: Config, params: Mapping[str, Any] | None = None) -> Add
         f"no credentials for PocketBase at {url}: set {TOKEN_VARIABLE}, or {EMAIL_VARIABLE} and "
         f"{PASSWORD_VARIABLE}, or pass them in connection_params"
     )
+
+
+class _Source(NamedTuple):
+    """Somewhere that credentials may come from: what it is called, its three keys, and how to ask it for one."""
+
+    name: str
+    token: str
+    email: str
+    password: str
+    get: Callable[[str], str | None]
+
+
+def _from_file(settings: PocketBaseSettings) -> Callable[[str], str | None]:
+    """Asks the configuration file. A secret's file is read only when no stronger source has a secret."""
+
+    def get(key: str) -> str | None:
+        value: str | None = getattr(settings, key)
+        return _secret_file(value, key) if value and key.endswith("_file") else value
+
+    return get
 
 
 _PARAMS: Final = ("url", "admin_token", "admin_email", "admin_password")
@@ -264,21 +284,19 @@ def _check_params(params: Mapping[str, Any] | None) -> None:
 
 
 def _checked_url(url: str, source: str) -> str:
-    parts = urlsplit(url.strip())
-    if parts.username or parts.password:
-        raise ConfigError(f"{source}: must not hold a user name or password")  # and is not repeated here
+    if any(mark in url for mark in "@?#"):  # what is behind them may be a secret, so the URL is not repeated
+        raise ConfigError(f"{source}: must hold no user name, password, query or fragment")
     try:
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:  # a port that is no number
+        parts = urlsplit(url.strip())
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
         sound = False
-    if not sound or parts.query or parts.fragment:
+    if not sound:
         raise ConfigError(f"{source}: expected a URL such as http://127.0.0.1:8090, got '{url}'")
     return url.strip().rstrip("/")
 
 
-def _secret_file(path: str | None, key: str) -> str | None:
-    if path is None:
-        return None
+def _secret_file(path: str, key: str) -> str:
     try:
         secret = Path(path).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -304,7 +322,7 @@ def _anchored(settings: PocketBaseSettings, file: Path, table: Mapping[str, Any]
     paths = ("data_dir", "admin_password_file", "admin_token_file")
     return msgspec.structs.replace(
         settings,
-        **{key: str(file.parent / Path(written[key]).expanduser()) for key in paths if key in written},
+        **{key: str(file.absolute().parent / Path(written[key]).expanduser()) for key in paths if key in written},
     )
 
 
@@ -316,7 +334,9 @@ def _explained(problem: str) -> str:
         known = _known_keys(key)
         name = f"{key}.{unknown[1]}" if key else unknown[1]
         return f"unknown key '{name}'{_near(unknown[1], known)}; expected some of {', '.join(known)}"
-    text = text[:1].lower() + text[1:].replace("`", "'")
+    if text.startswith("Invalid enum value"):
+        text = f"{text}; expected one of {', '.join(_choices(key))}"
+    text = text[:1].lower() + text[1:].replace("`object`", "a table").replace("`", "'")
     return f"{key}: {text}" if key else text
 
 
@@ -325,6 +345,12 @@ def _known_keys(section: str) -> tuple[str, ...]:
     if section:
         owner = next(f.type for f in msgspec.structs.fields(Config) if f.name == section)
     return tuple(f.name for f in msgspec.structs.fields(owner))
+
+
+def _choices(key: str) -> tuple[str, ...]:
+    section, _, name = key.partition(".")
+    owner = next(f.type for f in msgspec.structs.fields(Config) if f.name == section)
+    return get_args(next(f.type for f in msgspec.structs.fields(owner) if f.name == name))
 
 
 def _near(name: str, known: tuple[str, ...]) -> str:

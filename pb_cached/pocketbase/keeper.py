@@ -30,7 +30,6 @@ def main(stop_timeout: float, command: list[str]) -> int:
         stdout=sys.stderr,  # our own output says one thing: which process it is
         preexec_fn=die_with_keeper if on_linux else None,
     )
-    print(program.pid, flush=True)
 
     def stop(*_: object) -> None:
         if program.poll() is None:
@@ -47,6 +46,7 @@ def main(stop_timeout: float, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGINT"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for whoever started us
+    print(program.pid, flush=True)
     threading.Thread(target=watch, daemon=True).start()
     return program.wait()
 

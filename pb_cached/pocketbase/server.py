@@ -38,6 +38,8 @@ _INSTALL: Final = (
     "and pass binary=, or run it and set POCKETBASE_URL"
 )
 _PORT_TRIALS: Final = 3
+_LOCK_SECONDS: Final = 2.0
+"""How long a server that is just ending may keep the folder."""
 
 
 class PocketBaseServer:
@@ -75,7 +77,7 @@ class PocketBaseServer:
     ) -> None:
         self.data_dir = Path(data_dir).absolute()
         self._port = port
-        if (admin_email is None) != (admin_password is None):
+        if bool(admin_email) != bool(admin_password):
             raise EmbeddedServerError("admin_email and admin_password go together: pass both, or neither")
         self._account = superuser.Account(admin_email, admin_password) if admin_email and admin_password else None
         self._binary = Path(binary) if binary is not None else None
@@ -96,8 +98,11 @@ class PocketBaseServer:
         """
         binary = self._binary or find_binary()
         async with AsyncExitStack() as stack:
-            self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            stack.enter_context(_locked(self.data_dir))
+            try:
+                self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+                await stack.enter_async_context(_locked(self.data_dir))
+            except OSError as error:
+                raise EmbeddedServerError(f"{self.data_dir} cannot hold PocketBase's data: {error}") from error
             folders = superuser.Folders(self.data_dir / "pb_data", self.data_dir / "migrations")
             try:
                 first = await asyncio.to_thread(superuser.ensure, binary, folders, self._account)
@@ -106,7 +111,12 @@ class PocketBaseServer:
                     f"{binary} cannot be run here ({error}). Get one that can: {_INSTALL}"
                 ) from error
             await stack.enter_async_context(self._running(binary, folders))
-            self.connection_params = await superuser.access(self.url, folders, self._account, first)
+            try:
+                self.connection_params = await superuser.access(self.url, folders, self._account, first)
+            except httpx.TransportError as error:
+                raise EmbeddedServerError(
+                    f"PocketBase in {self.data_dir} started, but does not answer any more: {self._last_output()}"
+                ) from error
             self._log.info("embedded PocketBase started", url=self.url, data_dir=str(self.data_dir))
             self._stack = stack.pop_all()
         return self
@@ -122,7 +132,7 @@ class PocketBaseServer:
     @asynccontextmanager
     async def _running(self, binary: Path, folders: superuser.Folders) -> AsyncIterator[None]:
         for trial in range(1, _PORT_TRIALS + 1):
-            port = self._port or _free_port()
+            port = _free_port(self._port)
             self.url = f"http://127.0.0.1:{port}"
             async with AsyncExitStack() as stack:
                 keeper = await stack.enter_async_context(self._process(binary, folders, port))
@@ -166,6 +176,8 @@ class PocketBaseServer:
         assert keeper.stdin is not None and keeper.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             keeper.stdin.close()
+        if os.name == "posix":  # a process that was forked from ours may hold that input open
+            keeper.terminate()
         try:
             keeper.wait(self._stop_timeout + 5)
         except subprocess.TimeoutExpired:
@@ -211,21 +223,37 @@ def find_binary() -> Path:
     raise EmbeddedServerError(f"there is no PocketBase to run: {_INSTALL}")
 
 
-def _locked(folder: Path) -> contextlib.AbstractContextManager[object]:
+@asynccontextmanager
+async def _locked(folder: Path) -> AsyncIterator[None]:
     try:
         import filelock
     except ImportError as error:
         raise EmbeddedServerError(f"the embedded server needs the package filelock: {_INSTALL}") from error
+    lock = filelock.FileLock(folder / ".lock")
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(blocking=False)
+            break
+        if time.monotonic() > end:
+            raise EmbeddedServerError(f"{folder} is in use by another embedded PocketBase; stop that one first")
+        await asyncio.sleep(0.05)
     try:
-        return filelock.FileLock(folder / ".lock").acquire(timeout=2.0)
-    except filelock.Timeout:
-        raise EmbeddedServerError(
-            f"{folder} is in use by another embedded PocketBase; stop that one first"
-        ) from None
+        yield
+    finally:
+        lock.release()
 
 
-def _free_port() -> int:
-    """PocketBase does not tell which port it chose when asked to choose, so we do."""
+def _free_port(wanted: int) -> int:
+    """PocketBase does not tell which port it chose when asked to choose, so we do. A port that was asked for may
+    be another PocketBase's, and that one would answer in place of ours."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        if os.name == "posix":  # connections that have ended are in nobody's way
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise EmbeddedServerError(
+                f"PocketBase cannot have port {wanted}: {error}. Pass another one, or 0 for any"
+            ) from error
         return int(probe.getsockname()[1])

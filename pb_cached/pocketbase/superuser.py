@@ -15,6 +15,7 @@ import secrets
 import sqlite3
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,11 @@ class Folders(Struct, frozen=True):
     def database(self) -> Path:
         return self.data / "data.db"
 
+    @property
+    def unfinished(self) -> Path:
+        """There from the moment before the first superuser is created until access to it has been tried out."""
+        return self.data.with_name("setup_unfinished")
+
 
 def ensure(binary: Path, folders: Folders, account: Account | None) -> str | None:
     """Create a superuser where the folder has none, before PocketBase serves it.
@@ -63,18 +69,25 @@ def ensure(binary: Path, folders: Folders, account: Account | None) -> str | Non
     Raises:
         EmbeddedServerError: PocketBase's command failed.
     """
-    if _has_superuser(folders.database):
+    emails = _emails(folders.database)
+    if emails and not folders.unfinished.exists():
         return None
-    # A command line can be read by other users for the time that it runs: this password is replaced or forgotten.
+    older = _version(binary) < (0, 23)
+    if older and account is None:
+        raise EmbeddedServerError("PocketBase before 0.23 needs a password: pass admin_email and admin_password")
+    folders.unfinished.touch()
+    # Other users can read a command line for as long as it runs, so `access` replaces this password at once.
     password = secrets.token_urlsafe(24)
     email = account.email if account else EMAIL
-    if _version(binary) < (0, 23):
+    if older:
         _run(binary, "migrate", "up", *folders.flags)
-        _run(binary, "admin", "create", email, password, *folders.flags)
-    else:
-        _run(binary, "superuser", "create", email, password, *folders.flags)
-    if not _has_superuser(folders.database):  # older versions fail with exit code 0
-        raise EmbeddedServerError(f"PocketBase did not create a superuser in {folders.data}")
+    command = "update" if _is_among(email, emails) else "create"
+    kind = "admin" if older else "superuser"
+    said = _run(binary, kind, command, *folders.flags, "--", email, password)  # one may begin with a dash
+    if not _is_among(email, _emails(folders.database)):  # up to 0.39 it fails with exit code 0
+        raise EmbeddedServerError(
+            f"PocketBase did not create a superuser in {folders.data}: {said.strip()[-300:]}"
+        )
     return password
 
 
@@ -89,6 +102,8 @@ async def access(url: str, folders: Folders, account: Account | None, first: str
     """
     async with httpx.AsyncClient(base_url=url, timeout=30.0, trust_env=False) as http:
         if account is None:
+            if first is not None:
+                await _set_password(http, folders, Account(EMAIL, secrets.token_urlsafe(24)), first)
             token = signed_token(folders.database)
             answer = await http.get("/api/collections", params={"perPage": 1}, headers={"Authorization": token})
             if answer.status_code != 200:
@@ -96,11 +111,13 @@ async def access(url: str, folders: Folders, account: Account | None, first: str
                     f"this PocketBase does not accept a token signed with its own keys ({answer.status_code}); "
                     "pass admin_email and admin_password"
                 )
+            folders.unfinished.unlink(missing_ok=True)
             return {"url": url, "admin_token": token}
         if await _signed_in(http, account) is None:
             await _set_password(http, folders, account, first)
             if await _signed_in(http, account) is None:
                 raise EmbeddedServerError(f"PocketBase refuses the email and password of '{account.email}'")
+        folders.unfinished.unlink(missing_ok=True)
         return {"url": url, "admin_email": account.email, "admin_password": account.password}
 
 
@@ -137,26 +154,33 @@ def signed_token(database: Path) -> str:
 
 
 async def _set_password(http: httpx.AsyncClient, folders: Folders, account: Account, first: str | None) -> None:
-    """Give a new account its password; never change that of one which had one."""
+    """Give a new account its password; never change that of one which had one.
+
+    Raises:
+        EmbeddedServerError: it had one, or PocketBase refuses the new one.
+    """
     wanted: dict[str, Any] = {"password": account.password, "passwordConfirm": account.password}
     if first is not None:
-        found = await _signed_in(http, Account(account.email, first))
-        if found is not None:
-            token, path = found
-            await http.patch(path, json=wanted, headers={"Authorization": token})
-        return
-    try:
-        headers = {"Authorization": signed_token(folders.database)}
-    except EmbeddedServerError:
-        headers = {}
-    path = "/api/collections/_superusers/records"
-    found_emails = await http.get(path, params={"filter": f"email = '{account.email}'"}, headers=headers)
-    if found_emails.status_code != 200 or found_emails.json()["items"]:
+        signed_in = await _signed_in(http, Account(account.email, first))
+        if signed_in is None:
+            return
+        token, path = signed_in
+        answer = await http.patch(path, json=wanted, headers={"Authorization": token})
+    elif _is_among(account.email, _emails(folders.database)):
         raise EmbeddedServerError(
             f"the superuser '{account.email}' of {folders.data} has another password; pass the right one, "
             "or change it in the dashboard"
         )
-    await http.post(path, json=wanted | {"email": account.email}, headers=headers)
+    else:
+        answer = await http.post(
+            "/api/collections/_superusers/records",
+            json=wanted | {"email": account.email},
+            headers={"Authorization": signed_token(folders.database)},
+        )
+    if answer.status_code != 200:  # it says what is wrong with an email or a password, and repeats neither
+        raise EmbeddedServerError(
+            f"PocketBase refuses the superuser '{account.email}' or its password: {answer.text.strip()}"
+        )
 
 
 async def _signed_in(http: httpx.AsyncClient, account: Account) -> tuple[str, str] | None:
@@ -173,17 +197,25 @@ async def _signed_in(http: httpx.AsyncClient, account: Account) -> tuple[str, st
     return found["token"], path + found[record]["id"]
 
 
-def _has_superuser(database: Path) -> bool:
+def _is_among(email: str, emails: Sequence[str]) -> bool:
+    return email.lower() in {known.lower() for known in emails}
+
+
+def _emails(database: Path) -> list[str]:
+    """The superusers' emails.
+
+    Raises:
+        EmbeddedServerError: the file is no SQLite database.
+    """
     if not database.exists():
-        return False
-    for table in ("_superusers", "_admins"):
-        try:
-            with _Opened(database) as connection:
-                (count,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
-        except sqlite3.OperationalError:
-            continue
-        return bool(count)
-    return False
+        return []
+    try:
+        with _Opened(database) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+            table = next((name for name in ("_superusers", "_admins") if name in tables), None)
+            return [email for (email,) in connection.execute(f"SELECT email FROM {table}")] if table else []
+    except sqlite3.Error as error:
+        raise EmbeddedServerError(f"{database} cannot be read as PocketBase's database: {error}") from error
 
 
 class _Opened:
