@@ -58,7 +58,11 @@ class Connection:
 
     async def close(self) -> None:
         """Drain all committers. Raises what the first of them raises, after all have been tried."""
-        ready = [task.result() for task in self._committers.values() if task.done() and not _has_failed(task)]
+        making = list(self._committers.values())
+        for task in making:
+            task.cancel()  # those that are ready stay so; whoever waited for the others has left
+        await asyncio.gather(*making, return_exceptions=True)
+        ready = [task.result() for task in making if not _has_failed(task)]
         outcomes = await asyncio.gather(*(committer.close() for committer in ready), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):

@@ -346,6 +346,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """
         self._require_open()
         predicate = compile_where(filters)
+        params = cast(TDocument, snapshot(params))  # the caller may change it while the match is looked for
         for _ in range(_ATTEMPTS):
             match = await self._reads.first(filters, predicate)
             if match is None:
@@ -356,7 +357,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 updated = await self._update(match, params)
             except RecordNotFound:  # deleted since it was found: there may be another match
                 continue
-            return UpdateResult(True, 1, 1, cast(TDocument, updated or match.document | snapshot(params)))
+            return UpdateResult(True, 1, 1, cast(TDocument, updated or match.document | params))
         raise RecordNotFound(f"update in '{self._spec.name}': every match was deleted before it could be updated")
 
     async def delete_one(self, filters: Where) -> DeleteResult[TDocument]:

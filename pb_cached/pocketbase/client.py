@@ -7,18 +7,23 @@ nothing of collections or documents.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import functools
+import re
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import Annotated, Final
 
 import httpx
 import msgspec
 import tenacity
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from pb_cached.config import Address, PocketBaseSettings
+from pb_cached.config import Address, PocketBaseSettings, Secret
 from pb_cached.errors import (
     AuthenticationFailed,
+    PBCachedError,
     PocketBaseUnavailable,
     RecordNotFound,
     RequestRejected,
@@ -38,6 +43,8 @@ class Answer(Struct, frozen=True):
 
     status: int
     content: bytes
+    in_doubt: bool = False
+    """An earlier attempt at the same request was sent, and nobody knows what became of it."""
 
     @property
     def ok(self) -> bool:
@@ -50,6 +57,8 @@ class Verdict(Enum):
     FINAL = auto()
     AGAIN = auto()
     """Nothing was applied, and the cause passes: send it again."""
+    DOUBT = auto()
+    """It may have been applied, or not: send it again where that does no harm."""
     SIGN_IN = auto()
     """Refused for who we are: sign in, then send it again."""
 
@@ -76,16 +85,21 @@ class Refusal(Struct):
         return found
 
 
-_AGAIN: Final = frozenset({429, 502, 503, 504})
+_GATEWAY: Final = frozenset({502, 503, 504})
+"""PocketBase itself says none of these; whoever stands before it does, also when an answer was lost."""
 _NEVER_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_TOKEN: Final = r"\A[ -~]*\Z"
+"""What a header can carry."""
 
 _refusal = msgspec.json.Decoder(Refusal)
 
 
 def by_status(answer: Answer) -> Verdict:
     """The verdict for ordinary requests."""
-    if answer.status in _AGAIN:
+    if answer.status == 429:
         return Verdict.AGAIN
+    if answer.status in _GATEWAY:
+        return Verdict.DOUBT
     # A dead token is 401 on some endpoints and 403 on the others (facts: pocketbase, section 1).
     return Verdict.SIGN_IN if answer.status in (401, 403) else Verdict.FINAL
 
@@ -103,9 +117,13 @@ class PocketBaseClient:
         self._credentials = address.credentials
         self._settings = settings
         self._log = log
-        token = address.credentials.token
-        self._token: str | None = token.reveal() if token else None
-        self._signing_in: asyncio.Task[str] | None = None
+        self._token = address.credentials.token
+        self._signing_in: asyncio.Task[Secret] | None = None
+        if self._token is not None and not re.match(_TOKEN, self._token.reveal()):
+            raise AuthenticationFailed(
+                f"the token for PocketBase at {self.url} holds characters that no token has, such as a line "
+                "break; look at where it comes from"
+            )
 
     async def send(
         self,
@@ -124,65 +142,55 @@ class PocketBaseClient:
             path: from the root of PocketBase, such as `/api/health`.
             repeatable: may it be sent again where it is unknown whether it arrived? By default, what reads may.
             verdict: tells answers that must not be taken as such.
-            deadline: seconds until repeating ends; `retry_for` by default.
+            deadline: seconds until it ends, answered or not; `retry_for` by default.
 
         Raises:
-            PocketBaseUnavailable: no answer until the deadline. Its `unanswered` tells whether an attempt may
-                have arrived.
+            Unreached: no answer until the deadline, or to a request that must not be repeated. Its `unanswered`
+                tells whether an attempt may have arrived.
             AuthenticationFailed: the credentials are refused.
         """
         may_repeat = method in ("GET", "HEAD") if repeatable is None else repeatable
         headers = {"Content-Type": "application/json"} if body is not None else {}
-        unanswered = False
-        refused_token: str | None = None
-        last = "no answer"
+        known = _Known()
 
         async def attempt() -> Answer:
-            nonlocal unanswered, refused_token, last
-            token = await self._current_token(refused_token)
+            token = await self._current_token(known.refused_token)
+            # Said beforehand, as the deadline may end the attempt at any moment.
+            in_doubt, known.in_doubt = known.in_doubt, True
             try:
                 response = await self._http.request(
                     method,
                     self.url + path,
                     params=params,
                     content=body,
-                    headers={**headers, "Authorization": token},
+                    headers={**headers, "Authorization": token.reveal()},
                 )
-            except httpx.TransportError as error:
-                last = f"{type(error).__name__}: {error}".rstrip(": ")
+            except httpx.RequestError as error:
+                known.trouble = _named(error)
                 if isinstance(error, _NEVER_SENT):
+                    known.in_doubt = in_doubt
                     raise _Passing from error
-                unanswered = True
-                if may_repeat:
-                    raise _Passing from error
-                raise
-            answer = Answer(response.status_code, response.content)
+                raise (_Passing if may_repeat else _Final) from error
+            answer = Answer(response.status_code, response.content, in_doubt)
             meaning = verdict(answer)
-            if meaning is Verdict.SIGN_IN and token != refused_token and self._credentials.token is None:
-                refused_token = token
+            known.in_doubt = in_doubt or meaning is Verdict.DOUBT
+            if meaning is Verdict.SIGN_IN and known.refused_token is None and self._credentials.token is None:
+                known.refused_token = token
                 return await attempt()
-            if meaning is Verdict.AGAIN and (may_repeat or answer.status == 429):
-                last = f"status {answer.status}: {_message(answer)}"
+            if meaning is Verdict.AGAIN or (meaning is Verdict.DOUBT and may_repeat):
+                known.trouble = f"status {answer.status}: {_message(answer)}"
                 raise _Passing
             return answer
 
+        what = f"{method} {path}"
         limit = self._settings.retry_for if deadline is None else deadline
         try:
-            async for trial in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception_type(_Passing),
-                wait=tenacity.wait_random_exponential(multiplier=0.02, max=1.0),
-                stop=tenacity.stop_after_delay(max(0.0, limit)),
-                reraise=True,
-            ):
-                with trial:
-                    return await attempt()
-        except (_Passing, httpx.TransportError) as error:
-            raise Unreached(
-                f"{method} {path}: PocketBase at {self.url} gave no usable answer within {limit:g} s ({last}). "
-                "Is it running, and is the URL right?",
-                unanswered=unanswered,
-            ) from error
-        raise AssertionError("unreachable")  # pragma: no cover - AsyncRetrying returns or raises
+            return await self._repeated(attempt, what, known, limit, first_wait=0.02)
+        except PBCachedError as error:
+            if not known.in_doubt or (isinstance(error, Unreached) and error.unanswered):
+                raise
+            # The sign-in failed; that an attempt had been sent before matters more.
+            raise Unreached(f"{what}: was sent and not answered, and then: {error}", unanswered=True) from error
 
     async def call(
         self,
@@ -201,6 +209,8 @@ class PocketBaseClient:
         answer = await self.send(method, path, params=params, body=body, repeatable=repeatable)
         if not answer.ok:
             raise await self.rejection(answer, f"{method} {path}")
+        if answer.content[:1] not in (b"{", b"[", b""):
+            raise _foreign(answer, f"{method} {path}")
         return answer.content
 
     async def rejection(self, answer: Answer, what: str) -> RequestRejected | AuthenticationFailed:
@@ -212,16 +222,12 @@ class PocketBaseClient:
             )
         return refused(answer, what)
 
-    async def is_token_refused(self) -> bool:
-        """Does PocketBase deny that the current token is a superuser's?"""
-        return not await self._is_superuser()
-
     async def _is_superuser(self) -> bool:
         """Ask the endpoint that says 401 to a dead token rather than 403 (facts: pocketbase, section 1)."""
         answer = await self.send("GET", "/api/collections", params={"perPage": 1, "skipTotal": 1})
         return answer.status not in (401, 403)
 
-    async def _current_token(self, refused_token: str | None) -> str:
+    async def _current_token(self, refused_token: Secret | None) -> Secret:
         if self._token is not None and self._token != refused_token:
             return self._token
         if self._signing_in is None:
@@ -230,58 +236,74 @@ class PocketBaseClient:
         # Shielded: the caller who happened to start it may be cancelled, the others still need it.
         return await asyncio.shield(self._signing_in)
 
-    def _signed_in(self, task: asyncio.Task[str]) -> None:
+    def _signed_in(self, task: asyncio.Task[Secret]) -> None:
         self._signing_in = None
         if not task.cancelled():
             task.exception()  # whoever waits has it; nobody waiting is no reason for a warning
 
-    async def _sign_in(self) -> str:
+    async def _sign_in(self) -> Secret:
         email, password = self._credentials.email, self._credentials.password
         assert email is not None and password is not None, "a token is never signed in"
         body = msgspec.json.encode({"identity": email, "password": password.reveal()})
-        last = "no answer"
-        try:
-            async for trial in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception_type(_Passing),
-                # At most two sign-ins in three seconds are allowed to a guest (facts: pocketbase, section 8).
-                wait=tenacity.wait_random_exponential(multiplier=0.1, max=3.0),
-                stop=tenacity.stop_after_delay(self._settings.retry_for),
-                reraise=True,
-            ):
-                with trial:
-                    for path in (_SUPERUSERS, _ADMINS):
-                        try:
-                            response = await self._http.post(
-                                self.url + path, content=body, headers={"Content-Type": "application/json"}
-                            )
-                        except httpx.TransportError as error:
-                            last = f"{type(error).__name__}: {error}".rstrip(": ")
-                            raise _Passing from error
-                        if response.status_code != 404:
-                            break
-                    answer = Answer(response.status_code, response.content)
-                    if answer.status in _AGAIN:
-                        last = f"status {answer.status}: {_message(answer)}"
-                        raise _Passing
-        except _Passing as error:
-            raise Unreached(
-                f"sign-in: PocketBase at {self.url} gave no usable answer within "
-                f"{self._settings.retry_for:g} s ({last}). Is it running, and is the URL right?",
-                unanswered=False,
-            ) from error
+        known = _Known()
+
+        async def attempt() -> Answer:
+            for path in (_SUPERUSERS, _ADMINS):
+                try:
+                    response = await self._http.post(
+                        self.url + path, content=body, headers={"Content-Type": "application/json"}
+                    )
+                except httpx.RequestError as error:
+                    known.trouble = _named(error)
+                    raise _Passing from error
+                if response.status_code != 404:
+                    break
+            answer = Answer(response.status_code, response.content)
+            if by_status(answer) in (Verdict.AGAIN, Verdict.DOUBT):
+                known.trouble = f"status {answer.status}: {_message(answer)}"
+                raise _Passing
+            return answer
+
+        what = f"sign-in at {self.url}"
+        # At most two sign-ins in three seconds are allowed to a guest (facts: pocketbase, section 8).
+        answer = await self._repeated(attempt, what, known, self._settings.retry_for, first_wait=0.1)
         if answer.status == 404:
-            raise RequestRejected(
-                f"sign-in: {self.url} answers, but has no PocketBase sign-in endpoint; check the URL",
-                status=404,
-            )
-        if not answer.ok:
+            raise RequestRejected(f"{what}: there is no PocketBase sign-in endpoint; check the URL", status=404)
+        if answer.status in (400, 401, 403):
             raise AuthenticationFailed(
                 f"PocketBase at {self.url} refused the email and password of '{email}' "
                 f"(status {answer.status}: {_message(answer)})"
             )
-        self._token = msgspec.json.decode(answer.content, type=_SignedIn).token
+        if not answer.ok:
+            raise refused(answer, what)
+        try:
+            self._token = Secret(msgspec.json.decode(answer.content, type=_SignedIn).token)
+        except msgspec.DecodeError as error:
+            raise _foreign(answer, what) from error
         self._log.debug("signed in", url=self.url)
         return self._token
+
+    async def _repeated(
+        self, attempt: Callable[[], Awaitable[Answer]], what: str, known: _Known, limit: float, first_wait: float
+    ) -> Answer:
+        """The outcome of the first attempt whose trouble does not pass; `limit` seconds at most."""
+        trials = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_Passing),
+            wait=tenacity.wait_random_exponential(multiplier=first_wait, max=1.0),
+        )
+        try:
+            async with asyncio.timeout(limit):
+                async for trial in trials:
+                    with trial:
+                        return await attempt()
+        except (TimeoutError, _Final) as error:
+            within = f" within {limit:g} s" if isinstance(error, TimeoutError) else ""
+            raise Unreached(
+                f"{what}: PocketBase at {self.url} gave no usable answer{within} ({known.trouble}). "
+                "Is it running, and is the URL right?",
+                unanswered=known.in_doubt,
+            ) from error
+        raise AssertionError("unreachable")  # pragma: no cover - trials end by returning or raising
 
 
 class Unreached(PocketBaseUnavailable):
@@ -297,10 +319,7 @@ def refused(answer: Answer, what: str) -> RequestRejected:
     try:
         refusal = _refusal.decode(answer.content)
     except msgspec.DecodeError:
-        return RequestRejected(
-            f"{what}: status {answer.status} from something that does not answer like PocketBase",
-            status=answer.status,
-        )
+        return _foreign(answer, what)
     codes = refusal.codes
     detail = "".join(f"; {name}: {code}" for name, code in codes.items())
     message = f"{what}: PocketBase answered {answer.status}: {refusal.message}{detail}"
@@ -313,9 +332,18 @@ def refused(answer: Answer, what: str) -> RequestRejected:
     return kind(message, status=answer.status, codes=codes)
 
 
+def _foreign(answer: Answer, what: str) -> RequestRejected:
+    return RequestRejected(
+        f"{what}: status {answer.status} from something that does not answer like PocketBase; check the URL",
+        status=answer.status,
+    )
+
+
 def http_client(settings: PocketBaseSettings) -> httpx.AsyncClient:
-    """The client used where the caller passes none."""
+    """The client used where the caller passes none. It follows the environment's proxies, but not to ourselves."""
     return httpx.AsyncClient(
+        verify=_certificates(),
+        mounts=dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]")),
         timeout=httpx.Timeout(settings.request_timeout, connect=settings.connect_timeout),
         limits=httpx.Limits(
             max_connections=settings.max_connections,
@@ -325,12 +353,37 @@ def http_client(settings: PocketBaseSettings) -> httpx.AsyncClient:
     )
 
 
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Those that httpx would load anew for each client, which takes longer than opening a store."""
+    return httpx.create_ssl_context()
+
+
 class _SignedIn(Struct):
-    token: str
+    token: Annotated[str, Meta(pattern=_TOKEN)]
 
 
 class _Passing(Exception):
     """An attempt failed for a cause that passes."""
+
+
+class _Final(Exception):
+    """An attempt failed, and must not be repeated."""
+
+
+@dataclass
+class _Known:
+    """What the attempts at one request have shown so far."""
+
+    trouble: str = "no answer"
+    in_doubt: bool = False
+    """One of them was sent, and nobody said what became of it."""
+    refused_token: Secret | None = None
+    """Set where we have signed in anew for this request."""
+
+
+def _named(error: httpx.RequestError) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def _message(answer: Answer) -> str:

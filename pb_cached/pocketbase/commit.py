@@ -1,7 +1,8 @@
 """How a commit is made: operations in, replies out, all of them or none.
 
 `BatchPath` sends one `/api/batch` that begins with the record of the commit in the log. That record's id is
-the receipt: it can be created only once, so the same commit can be sent again until its outcome is known.
+the receipt: it can be created only once, so the same commit can be sent again until its outcome is known. Its `n`
+numbers the commits of one server to one log without gaps: 1, 2, 3 and so on.
 `SinglePath` is for PocketBase before 0.23, which has no batches: one request for each operation.
 """
 
@@ -14,13 +15,17 @@ from typing import Final, Literal, Protocol
 import msgspec
 from msgspec import Struct
 
-from pb_cached.errors import DocumentTooLarge, OutcomeUnknown, RequestRejected
+from pb_cached.errors import DocumentTooLarge, OutcomeUnknown, PBCachedError, RequestRejected, SchemaError
 from pb_cached.pocketbase.client import Answer, PocketBaseClient, Unreached, Verdict, by_status, refused
 from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.pocketbase.ids import first_id_at, new_id
 
 TRIM_PAGE: Final = 500
 """Log records deleted by one request where there is no SQL."""
+
+
+def records_path(collection: str) -> str:
+    return f"/api/collections/{collection}/records"
 
 
 class Operation(Struct, frozen=True):
@@ -33,7 +38,7 @@ class Operation(Struct, frozen=True):
 
     @property
     def path(self) -> str:
-        records = f"/api/collections/{self.collection}/records"
+        records = records_path(self.collection)
         return records if self.method == "POST" else f"{records}/{self.record_id}"
 
     @property
@@ -77,6 +82,7 @@ class CommitPath(Protocol):
             TooLarge: as a whole.
             OutcomeUnknown: no answer until the deadline (seconds), and it may have been applied.
             PocketBaseUnavailable: likewise, and it was not.
+            RequestRejected, AuthenticationFailed, SchemaError: as a whole, whatever it holds.
         """
         ...
 
@@ -109,6 +115,10 @@ class _InnerStatus(Struct):
 _results: Final = msgspec.json.Decoder(list[_Result])
 
 
+class _Entry(Struct):
+    n: int = 0
+
+
 class _Ids(Struct):
     items: list[_Id]
 
@@ -118,7 +128,10 @@ class _Id(Struct):
 
 
 class BatchPath:
-    """Commits by `/api/batch` (0.23 and later)."""
+    """Commits by `/api/batch` (0.23 and later). One commit at a time.
+
+    Mutable state: `_taken`, the last `n` that is taken, or may be.
+    """
 
     def __init__(self, client: PocketBaseClient, dialect: Dialect, log: str, server: str) -> None:
         assert dialect.batch is not None
@@ -126,16 +139,15 @@ class BatchPath:
         self._dialect = dialect
         self._log = log
         self._server = server
-        self._commits = 0
+        self._taken = 0
         self.max_operations = max(1, dialect.batch.max_requests - 1)
         self.max_bytes = dialect.batch.max_bytes - 4096
 
     async def commit(self, operations: Sequence[Operation], *, deadline: float) -> list[Reply]:
-        receipt = new_id()
-        self._commits += 1
-        entry = msgspec.json.encode({"id": receipt, "server": self._server, "n": self._commits})
-        requests = [Operation("POST", self._log, receipt, entry), *operations]
+        receipt, n = new_id(), self._taken + 1
+        requests = [self._entry(receipt, n), *operations]
         body = b'{"requests":[' + b",".join(_request(operation) for operation in requests) + b"]}"
+        end = time.monotonic() + deadline
         try:
             answer = await self._client.send(
                 "POST", "/api/batch", body=body, repeatable=True, verdict=_batch_verdict, deadline=deadline
@@ -143,19 +155,22 @@ class BatchPath:
         except Unreached as error:
             if not error.unanswered:
                 raise
-            raise OutcomeUnknown(
-                f"{len(operations)} writes were sent to PocketBase at {self._client.url}, but it did not say "
-                f"within {deadline:g} s whether it applied them. Read before you write them again"
-            ) from error
+            raise self._unknown(n, operations) from error
         if answer.ok:
+            self._taken = n
             return [Reply(bytes(result.body)) for result in _results.decode(answer.content)[1:]]
-        if answer.status == 413:
-            raise TooLarge
         index, inner = _culprit(answer)
-        if index == 0 and await self._is_applied(receipt):
-            return await self._read_back(operations)
-        if index is None or index == 0:
-            raise await self._client.rejection(inner, "commit")
+        if answer.status == 413 or (index is None and _LONG in answer.content):
+            raise TooLarge
+        if answer.in_doubt or index == 0:
+            try:
+                if await self._settled(receipt, answer.in_doubt, end):
+                    self._taken = n
+                    return await self._read_back(operations, end)
+            except PBCachedError as error:
+                raise self._unknown(n, operations) from error
+        if index is None or not 0 < index <= len(operations):
+            raise await self._rejection(inner)
         operation = operations[index - 1]
         raise Refused(index - 1, refused(inner, f"{_VERBS[operation.method]} in '{operation.collection}'"))
 
@@ -167,7 +182,7 @@ class BatchPath:
                 "POST", "/api/sql", body=msgspec.json.encode({"query": query}), repeatable=True
             )
             return
-        path = f"/api/collections/{self._log}/records"
+        path = records_path(self._log)
         count = min(TRIM_PAGE, self.max_operations)
         while True:
             params: dict[str, str | int] = {
@@ -183,24 +198,57 @@ class BatchPath:
             if len(found) < count:
                 return
 
-    async def _is_applied(self, receipt: str) -> bool:
-        """The receipt's record decides, never the name of the field that the refusal blames (facts: pocketbase,
-        section 11)."""
-        answer = await self._client.send("GET", f"/api/collections/{self._log}/records/{receipt}")
-        return answer.ok
+    def _entry(self, receipt: str, n: int) -> Operation:
+        entry = msgspec.json.encode({"id": receipt, "server": self._server, "n": n})
+        return Operation("POST", self._log, receipt, entry)
 
-    async def _read_back(self, operations: Sequence[Operation]) -> list[Reply]:
+    async def _settled(self, receipt: str, in_doubt: bool, end: float) -> bool:
+        """Was the commit applied? Where the answer is no, it cannot be applied later either.
+
+        The receipt's record decides, never the name of the field that a refusal blames (facts: pocketbase,
+        section 11). But looking proves nothing while an attempt may still be on its way: (1) it is sent and gets
+        stuck, (2) it is sent again and refused, (3) what it was refused for goes away, (4) the first one arrives
+        and is applied. So the receipt is used up, by a record whose `n` is 0, before anybody is told that nothing
+        happened.
+        """
+        if in_doubt:
+            entry = self._entry(receipt, 0)
+            await self._client.send("POST", entry.path, body=entry.body, repeatable=True, deadline=_left(end))
+        answer = await self._client.send("GET", f"{records_path(self._log)}/{receipt}", deadline=_left(end))
+        if answer.ok:
+            return msgspec.json.decode(answer.content, type=_Entry).n > 0
+        if in_doubt:
+            raise refused(answer, "read the log")
+        return False
+
+    async def _read_back(self, operations: Sequence[Operation], end: float) -> list[Reply]:
         """The replies of a commit whose answer was lost: the records as they are now, which is at least as new."""
         replies = []
         for operation in operations:
             record = b""
             if operation.method != "DELETE":
-                answer = await self._client.send(
-                    "GET", f"/api/collections/{operation.collection}/records/{operation.record_id}"
-                )
+                path = f"{records_path(operation.collection)}/{operation.record_id}"
+                answer = await self._client.send("GET", path, deadline=_left(end))
+                if not answer.ok and answer.status != 404:
+                    raise refused(answer, "read back")
                 record = answer.content if answer.ok else b""
             replies.append(Reply(record))
         return replies
+
+    def _unknown(self, n: int, operations: Sequence[Operation]) -> OutcomeUnknown:
+        self._taken = n  # a gap in the numbers can be looked into; two commits of one number cannot
+        return OutcomeUnknown(
+            f"{len(operations)} writes were sent to PocketBase at {self._client.url}, but it could not be learned "
+            "in time whether it applied them. Read before you write them again"
+        )
+
+    async def _rejection(self, inner: Answer) -> PBCachedError:
+        if inner.status == 404:  # not the caller's record: it must not look as if that were gone
+            return SchemaError(
+                f"PocketBase at {self._client.url} lacks the collection '{self._log}', or the batch API, so "
+                "nothing can be committed. Was it deleted? Open the database again to have it created"
+            )
+        return await self._client.rejection(inner, "commit")
 
 
 class SinglePath:
@@ -242,6 +290,8 @@ class SinglePath:
             raise OutcomeUnknown(f"{what}: PocketBase did not say whether it was applied") from error
         if answer.ok:
             return Reply(answer.content)
+        if by_status(answer) is Verdict.DOUBT:
+            raise OutcomeUnknown(f"{what}: status {answer.status} does not tell whether it was applied")
         if answer.status == 413:
             raise DocumentTooLarge(f"{what}: PocketBase takes no request of {len(operation.body):,} bytes")
         refusal = refused(answer, what)
@@ -253,6 +303,8 @@ class SinglePath:
         raise refusal
 
 
+_LONG: Final = b"validation_length_too_long"
+"""More requests than PocketBase allows in a batch: somebody has lowered the number since we asked."""
 _VERBS: Final = {"POST": "insert", "PATCH": "update", "DELETE": "delete"}
 
 
@@ -261,13 +313,20 @@ def _request(operation: Operation) -> bytes:
     return head + (b',"body":' + operation.body if operation.body else b"") + b"}"
 
 
+def _left(end: float) -> float:
+    return max(0.1, end - time.monotonic())
+
+
 def _batch_verdict(answer: Answer) -> Verdict:
+    if answer.ok and not answer.content.startswith(b"["):
+        return Verdict.DOUBT  # somebody's friendly page
     if answer.status != 400:
         return by_status(answer)
     index, inner = _culprit(answer)
     if index is None:
         # Timed out, or shut down, or hung up on: rolled back as a whole (facts: pocketbase, section 5).
-        return Verdict.AGAIN if b'"requests"' not in answer.content else Verdict.FINAL
+        passing = b"Batch transaction failed" in answer.content and b'"requests"' not in answer.content
+        return Verdict.AGAIN if passing else Verdict.FINAL
     return Verdict.SIGN_IN if inner.status in (401, 403) else Verdict.FINAL
 
 

@@ -110,9 +110,11 @@ class Committer:
         raise error
 
     async def trim(self) -> None:
-        """Forget the records of old commits. Its failure is no reason to stop."""
+        """Forget the records of old commits, but of none that may still be sent again. Its failure is no reason to
+        stop."""
+        kept = max(self._settings.log_retention, 2 * self._settings.deadline)
         try:
-            await self._path.trim(time.time() - self._settings.log_retention)
+            await self._path.trim(time.time() - kept)
         except PBCachedError as error:
             self._log.warning("log not trimmed", reason=str(error))
 
