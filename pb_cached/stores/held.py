@@ -9,6 +9,8 @@ the store's lock until the write is decided; a cancelled caller only stops waiti
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import wraps
@@ -46,6 +48,11 @@ def held(method: Method) -> Method:
     async def write(self: HoldsItsWrites, *args: Any, **kwargs: Any) -> Any:
         if _holder.get() is self:  # one write calls another: it is inside the lock already
             return await method(self, *args, **kwargs)
+
+        # A cancelled caller may change its objects before they are written. What cannot be copied is no JSON, or
+        # nested out of all proportion: the encoder says so.
+        with contextlib.suppress(TypeError, RecursionError):
+            args, kwargs = copy.deepcopy((args, kwargs))
 
         async def hold() -> Any:
             _holder.set(self)

@@ -25,11 +25,13 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
     A script that defines its variables at each start gets the stored ones back, with their values: Parlant's ids
     follow from the definition. Two equal definitions in one run are still two variables, in the same order after a
     restart.
+
+    Mutable state: `_defined`, the ids of the variables that were defined since the store was made.
     """
 
     def __init__(self, database: DocumentDatabase, allow_migration: bool = False) -> None:
         super().__init__(UniqueIds(), database, allow_migration)
-        self._definitions = IdGenerator()
+        self._defined: set[ContextVariableId] = set()
 
     update_variable = held(ContextVariableDocumentStore.update_variable)
     delete_variable = held(ContextVariableDocumentStore.delete_variable)
@@ -54,8 +56,11 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
         """
         checksum = md5_checksum(f"{name}{description}{tool_id}{freshness_rules}{tags}")
         async with self._lock.writer_lock:
+            ids = IdGenerator()  # a new one begins with the first id of this definition
             while True:
-                id_ = ContextVariableId(self._definitions.generate(checksum))
+                id_ = ContextVariableId(ids.generate(checksum))
+                if id_ in self._defined:
+                    continue
                 document = await self._variable_collection.find_one({"id": {"$eq": id_}})
                 # The id does not tell name "ab" with description "c" from "a" with "bc": the name does.
                 if document is None or document["name"] == name:
@@ -73,4 +78,5 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
                 await self._variable_collection.insert_one(self._serialize_context_variable(variable))
             for tag in tags or ():
                 await self.add_variable_tag(id_, tag)
+            self._defined.add(id_)
             return await self.read_variable(id_)
