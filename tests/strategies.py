@@ -74,7 +74,7 @@ plain_documents = st.fixed_dictionaries(
 
 wild_documents = st.fixed_dictionaries(
     {"id": ids, "creation_utc": times, "version": st.sampled_from(["1.0.0", "2.0.0"])},
-).flatmap(  # fmt: skip
+).flatmap(
     lambda base: st.fixed_dictionaries(
         {field: json_values for field in FIELDS if field not in base},
         optional={"undeclared": json_values, "": json_values},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
-from parlant.core.persistence.common import matches_filters
+from parlant.core.persistence.common import Where, matches_filters
 
 from pb_cached.cache.predicate import compile_where
 from pb_cached.errors import InvalidFilter
@@ -16,7 +16,7 @@ from tests.strategies import plain_documents, wheres
 @given(plain_documents, wheres)
 def test_the_predicate_agrees_with_parlants_own(document: dict[str, Any], where: dict[str, Any]) -> None:
     try:
-        expected = matches_filters(where, document)  # type: ignore[arg-type]
+        expected = matches_filters(cast(Where, where), document)
     except (KeyError, TypeError):  # a missing field, or values that cannot be compared: Parlant's crashes
         compile_where(where)(document)
     else:

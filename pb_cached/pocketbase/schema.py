@@ -6,17 +6,22 @@ longer declares can still be read by a migration. Nothing is ever dropped, and a
 columns is somebody else's.
 
 Changing a collection is read-modify-write in PocketBase, and concurrent changes lose each other's fields
-(facts: pocketbase, section 2). So every change is read back, and made again until all of it is there.
+(facts: pocketbase, section 2). So servers take turns, by a record in the database's log that only one of them can
+create; and every change is read back, and made again until all of it is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import re
+import secrets
+import time
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, NewType, get_args, get_origin
 
@@ -31,6 +36,10 @@ from pb_cached.telemetry import Log
 
 TEXT_MAX: Final = 2**53 - 1
 """PocketBase's default for a text column is 5000 characters; this is the most that it accepts."""
+
+TURN_SECONDS = 60.0
+"""A server that holds its turn for longer has died: changing a collection takes milliseconds, but an index over
+millions of records takes seconds."""
 
 _ROUNDS: Final = 12
 _MARK: Final = "pbc_owner__"
@@ -121,6 +130,11 @@ class CollectionSpec(Struct, frozen=True):
         """The name of an index that tells whose collection this is. PocketBase's index names are global, so the
         collection's own name is part of it."""
         return f"{_MARK}{self.owner}__{self.name}"
+
+    @property
+    def log(self) -> str | None:
+        """The log of the database that the collection belongs to; None for a log itself."""
+        return None if self.owner == _LOG else f"{self.name[: int(self.owner)]}_log"
 
     @property
     def needed_indexes(self) -> dict[str, str]:
@@ -270,6 +284,15 @@ def _index_names(collection: _Collection) -> set[str]:
     return {match[1] for sql in collection.indexes if (match := _INDEX_NAME.match(sql.strip()))}
 
 
+def _missing_indexes(found: _Collection, spec: CollectionSpec) -> list[str]:
+    present = _index_names(found)
+    return [sql for name, sql in spec.needed_indexes.items() if name not in present]
+
+
+class _Lock(Struct):
+    server: str = ""
+
+
 class SchemaEditor:
     """Makes collections what they must be. One per connection; holds no state of its own."""
 
@@ -317,23 +340,31 @@ class SchemaEditor:
                 answer = await self._create(spec)
             else:
                 self._refuse_foreign(found, spec)
-                missing = self._missing(found, spec)
-                present = _index_names(found)
-                wanted = [sql for name, sql in spec.needed_indexes.items() if name not in present]
-                if not missing and not wanted and not found.is_open:
+                if self._is_in_shape(found, spec):
                     return _layout(found, spec)
-                if round_ == 0 and missing:
-                    self._log.warning(
-                        "collection lacks columns; adding them",
-                        collection=spec.name,
-                        columns=", ".join(field["name"] for field in missing),
-                    )
-                if found.is_open:
-                    self._log.warning("collection was opened to others; closing it", collection=spec.name)
-                answer = await self._amend(found, missing, wanted, spec)
+                answer = await self._mend(spec, announce=round_ == 0)
             if not answer.ok:
                 trouble = str(await self._client.rejection(answer, "last answer"))
         raise SchemaError(f"collection '{spec.name}' could not be brought into shape: {trouble}")
+
+    def _is_in_shape(self, found: _Collection, spec: CollectionSpec) -> bool:
+        return not (self._missing(found, spec) or _missing_indexes(found, spec) or found.is_open)
+
+    async def _mend(self, spec: CollectionSpec, *, announce: bool) -> Answer:
+        async with self._turn(spec):
+            found = await self._read(spec.name)
+            if found is None or self._is_in_shape(found, spec):
+                return Answer(200, b"")
+            missing = self._missing(found, spec)
+            if announce and missing:
+                self._log.warning(
+                    "collection lacks columns; adding them",
+                    collection=spec.name,
+                    columns=", ".join(field["name"] for field in missing),
+                )
+            if announce and found.is_open:
+                self._log.warning("collection was opened to others; closing it", collection=spec.name)
+            return await self._amend(found, missing, _missing_indexes(found, spec), spec)
 
     async def ensure_indexes(self, spec: CollectionSpec, indexes: Sequence[IndexSpec]) -> None:
         """Create the indexes whose names are missing. What PocketBase refuses, as it does a unique one over
@@ -349,14 +380,50 @@ class SchemaEditor:
         for round_ in range(_ROUNDS):
             if round_:
                 await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
-            found = await self._read(spec.name)
-            if found is None or index.name(spec.name) in _index_names(found):
-                return
-            answer = await self._amend(found, [], [index.sql(spec.name)], spec)
+            async with self._turn(spec):
+                found = await self._read(spec.name)
+                if found is None or index.name(spec.name) in _index_names(found):
+                    return
+                answer = await self._amend(found, [], [index.sql(spec.name)], spec)
             if answer.status == 400 and b"indexes" in answer.content:
                 break
         reason = str(await self._client.rejection(answer, "create index")) if answer else "no answer"
         self._log.warning("index refused; going on without it", index=index.name(spec.name), reason=reason)
+
+    @asynccontextmanager
+    async def _turn(self, spec: CollectionSpec) -> AsyncIterator[None]:
+        """One server at a time: it holds a record whose id nobody else can create."""
+        if spec.log is None or self._dialect.batch is None:  # before 0.23 there is one server only, and no log
+            yield
+            return
+        records = f"/api/collections/{spec.log}/records"
+        lock = "z" + hashlib.blake2b(spec.name.encode(), digest_size=7).hexdigest()  # sorts behind all commits
+        held = await self._take_turn(records, lock)
+        try:
+            yield
+        finally:
+            if held:
+                await asyncio.shield(self._client.send("DELETE", f"{records}/{lock}", repeatable=True))
+
+    async def _take_turn(self, records: str, lock: str) -> bool:
+        """Wait for our turn. False where there is no log: then nobody can wait for anybody."""
+        me = secrets.token_hex(8)
+        body = msgspec.json.encode({"id": lock, "server": me, "n": 0})
+        holder, since = "", time.monotonic()
+        while True:
+            answer = await self._client.send("POST", records, body=body, repeatable=True)
+            if answer.ok or answer.status != 400:
+                return answer.ok
+            found = await self._client.send("GET", f"{records}/{lock}")
+            server = msgspec.json.decode(found.content, type=_Lock).server if found.ok else ""
+            if server == me:  # created by an attempt whose answer was lost
+                return True
+            if server != holder:
+                holder, since = server, time.monotonic()
+            elif server and time.monotonic() - since > TURN_SECONDS:
+                self._log.warning("a server has died while it changed a collection; going on", lock=lock)
+                await self._client.send("DELETE", f"{records}/{lock}", repeatable=True)
+            await asyncio.sleep(random.uniform(0.01, 0.05))
 
     async def _read(self, name: str) -> _Collection | None:
         answer = await self._client.send("GET", f"/api/collections/{name}")

@@ -25,7 +25,7 @@ from parlant.core.nlp.service import NLPService
 from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
-from pb_cached.config import Config, environment_is_silent, find_url
+from pb_cached.config import Config, PocketBaseSettings, environment_is_silent, find_url
 from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, EmbeddedServerError
 from pb_cached.pocketbase.server import PocketBaseServer
@@ -122,6 +122,7 @@ async def open_stores(
     log = log_through(logger, settings.logging)
     async with AsyncExitStack() as stack:
         if find_url(settings, connection_params) is None and connection_params is None and environment_is_silent():
+            _refuse_credentials_without_url(settings.pocketbase)
             try:
                 server = await stack.enter_async_context(PocketBaseServer(settings.pocketbase.data_dir, log=log))
             except EmbeddedServerError as error:
@@ -149,3 +150,13 @@ async def open_stores(
         for store in (sessions, customers, variables):
             await stack.enter_async_context(store)
         yield Stores(sessions, customers, variables, stack)
+
+
+def _refuse_credentials_without_url(settings: PocketBaseSettings) -> None:
+    """They are for a PocketBase that is not named: an embedded one in its place would be empty."""
+    for key in ("admin_email", "admin_password_file", "admin_token_file"):
+        if getattr(settings, key) is not None:
+            raise ConfigError(
+                f"pocketbase.{key} is set, but no url: set url under [pocketbase], or POCKETBASE_URL; or remove "
+                f"{key} to have an embedded PocketBase"
+            )
