@@ -98,7 +98,9 @@ class Databases(RuleBasedStateMachine):
 
     @rule(where=wheres, document=plain_documents)
     def upsert(self, where: Where, document: Any) -> None:
-        ours, theirs = self.both(lambda collection: collection.update_one(where, dict(document), upsert=True))
+        ours, theirs = self.both(
+            lambda collection: collection.update_one(where, cast(Sample, dict(document)), upsert=True)
+        )
         assert ours.matched_count == theirs.matched_count
         self.same_optional(ours.updated_document, theirs.updated_document)
 

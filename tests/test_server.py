@@ -465,9 +465,9 @@ async def test_stores_that_can_have_no_pocketbase_say_both_ways_to_get_one(
             pass
 
 
-async def test_credentials_for_a_pocketbase_that_is_not_named_start_none(data_dir: Path) -> None:
-    settings = PocketBaseSettings(data_dir=str(data_dir), admin_email="admin@example.com")
+async def test_credentials_for_a_pocketbase_that_is_not_named_start_none(folder: Path) -> None:
+    settings = PocketBaseSettings(data_dir=str(folder / "data"), admin_email="admin@example.com")
     with pytest.raises(ConfigError, match=r"pocketbase\.admin_email is set, but no url"):
         async with open_stores(Config(pocketbase=settings)):
             pass
-    assert not data_dir.exists()
+    assert not (folder / "data").exists()
