@@ -58,6 +58,8 @@ from tests.faults import (
     twice,
 )
 
+pytestmark = pytest.mark.slow
+
 BATCH = "/api/batch"
 PATIENCE = 20.0
 """Seconds; no test waits for its end where all is well."""

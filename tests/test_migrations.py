@@ -28,6 +28,8 @@ from pb_cached.pocketbase.ids import new_id
 from pb_cached.stores import PocketBaseCustomerStore, Stores
 from tests.conftest import DatabaseMaker
 
+pytestmark = pytest.mark.slow
+
 
 class OldNote(TypedDict, total=False):
     id: ObjectId

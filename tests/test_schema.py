@@ -21,6 +21,8 @@ from pb_cached import PocketBaseDocumentDatabase, PocketBaseServer
 from pb_cached.errors import ForeignCollection, InvalidFilter, SchemaError, UniqueViolation
 from tests.conftest import DatabaseMaker
 
+pytestmark = pytest.mark.slow
+
 
 class Note(TypedDict, total=False):
     id: ObjectId

@@ -30,6 +30,8 @@ from pb_cached.errors import ConfigError, EmbeddedServerError
 from pb_cached.pocketbase import server as server_module
 from pb_cached.pocketbase.server import find_binary
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EMAIL, PASSWORD = "Admin@example.com", "correct-horse-battery"
 ACCOUNT: dict[str, Any] = {"admin_email": EMAIL, "admin_password": PASSWORD}
