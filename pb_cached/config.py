@@ -16,7 +16,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -101,6 +101,37 @@ class WriteSettings(Section, frozen=True):
     """Seconds that the record of a commit is kept, the proof that it happened."""
 
 
+class CacheSettings(Section, frozen=True):
+    """`[cache]`: what is kept in memory."""
+
+    max_bytes: Annotated[int, Meta(ge=0)] = 256 * MIB
+    """For all collections together, overhead included; per PocketBase and event loop. 0 keeps nothing."""
+    warm: tuple[Text, ...] = ()
+    """Collections that are read into the cache as soon as they are opened, in the background."""
+
+
+class CollectionSettings(Section, frozen=True):
+    """`[collections.NAME]`: how one collection is cached. What is left out is as `cache.rules` has it."""
+
+    partition_by: str | tuple[Text, ...] | None = None
+    """The field, or fields, whose values the documents of a partition share; `id` for document by document; empty
+    for the whole collection in one partition."""
+    sequence: str | None = None
+    """The field that numbers the documents of a partition: 0, 1, 2 and so on. Empty: none does."""
+    unique_ids: bool | None = None
+    """Do no two documents have the same `id`? Then an `id` tells the partition."""
+    max_partition_documents: Annotated[int, Meta(ge=1)] | None = None
+    """A partition beyond it is not kept but read through."""
+
+
+class CoherenceSettings(Section, frozen=True):
+    """`[coherence]`: who else writes, and what the cache must do about it."""
+
+    mode: Literal["exclusive", "off"] | None = None
+    """`exclusive`: nobody but this process writes, so the cache is never stale. `off`: every read goes to
+    PocketBase. Unset: `exclusive` where `open_stores` starts a PocketBase of its own, else `off`."""
+
+
 class LoggingSettings(Section, frozen=True):
     """`[logging]`: used where the caller passes no logger."""
 
@@ -113,8 +144,17 @@ class Config(Section, frozen=True):
 
     pocketbase: PocketBaseSettings = PocketBaseSettings()
     stores: StoreSettings = StoreSettings()
+    cache: CacheSettings = CacheSettings()
+    collections: Mapping[str, CollectionSettings] = {}
+    """By the name that Parlant gives the collection."""
     writes: WriteSettings = WriteSettings()
+    coherence: CoherenceSettings = CoherenceSettings()
     logging: LoggingSettings = LoggingSettings()
+
+    @property
+    def caches(self) -> bool:
+        """Is anything kept in memory at all?"""
+        return self.coherence.mode == "exclusive" and self.cache.max_bytes > 0
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Config:
@@ -143,7 +183,7 @@ class Config(Section, frozen=True):
         try:
             config = msgspec.convert(table, cls)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{file}: {_explained(str(error))}") from error
+            raise ConfigError(f"{file}: {_explained(str(error), table)}") from error
         if config.pocketbase.url is not None:
             _checked_url(config.pocketbase.url, f"{file}: pocketbase.url")
         return msgspec.structs.replace(config, pocketbase=_anchored(config.pocketbase, file, table))
@@ -326,31 +366,52 @@ def _anchored(settings: PocketBaseSettings, file: Path, table: Mapping[str, Any]
     )
 
 
-def _explained(problem: str) -> str:
+def _explained(problem: str, table: Mapping[str, Any]) -> str:
     """msgspec's `... - at `$.a.b`` turned around: the key first, then what is wrong with it."""
     text, _, place = problem.partition(" - at `$")
     key = place.rstrip("`").lstrip(".")
+    if key.startswith(_ANY_NAME):  # of a mapping's keys msgspec says no more than that it was one of them
+        name, (text, key) = _culprit(table["collections"])
+        key = f"collections.{name}{key}"
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text):
-        known = _known_keys(key)
+        known = tuple(field.name for field in msgspec.structs.fields(_section(key)))
         name = f"{key}.{unknown[1]}" if key else unknown[1]
         return f"unknown key '{name}'{_near(unknown[1], known)}; expected some of {', '.join(known)}"
     if text.startswith("Invalid enum value"):
         text = f"{text}; expected one of {', '.join(_choices(key))}"
-    text = text[:1].lower() + text[1:].replace("`object`", "a table").replace("`", "'")
+    text = text[:1].lower() + text[1:].replace("`object`", "a table").replace("`array`", "a list").replace(
+        "`null`", "nothing"
+    ).replace("`", "'")
     return f"{key}: {text}" if key else text
 
 
-def _known_keys(section: str) -> tuple[str, ...]:
-    owner: type[Struct] = Config
-    if section:
-        owner = next(f.type for f in msgspec.structs.fields(Config) if f.name == section)
-    return tuple(f.name for f in msgspec.structs.fields(owner))
+_ANY_NAME: Final = "collections[...]"
+
+
+def _culprit(tables: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
+    """The collection whose settings are wrong, and msgspec's complaint: what, and where in them."""
+    for name, settings in tables.items():
+        try:
+            msgspec.convert(settings, CollectionSettings)
+        except msgspec.ValidationError as error:
+            text, _, place = str(error).partition(" - at `$")
+            return name, (text, place.rstrip("`"))
+    raise AssertionError("unreachable")  # pragma: no cover - one of them was refused before
+
+
+def _section(path: str) -> type[Struct]:
+    """The struct of the table at this path."""
+    if path.startswith("collections."):
+        return CollectionSettings
+    fields = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    return fields[path] if path else Config
 
 
 def _choices(key: str) -> tuple[str, ...]:
-    section, _, name = key.partition(".")
-    owner = next(f.type for f in msgspec.structs.fields(Config) if f.name == section)
-    return get_args(next(f.type for f in msgspec.structs.fields(owner) if f.name == name))
+    section, _, name = key.rpartition(".")
+    type_ = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == name)
+    literals = [of for of in (type_, *get_args(type_)) if get_origin(of) is Literal]
+    return get_args(literals[0])
 
 
 def _near(name: str, known: tuple[str, ...]) -> str:

@@ -1,5 +1,5 @@
-"""What all databases of one event loop share per PocketBase: the HTTP client, the sign-in, the dialect, and one
-committer for each log.
+"""What all databases of one event loop share per PocketBase: the HTTP client, the sign-in, the dialect, one
+committer for each log, and the cache.
 
 A connection opens with its first database and closes with its last.
 """
@@ -9,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 import weakref
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from typing import Final
 
 import httpx
 import msgspec
 
+from pb_cached.cache.memory import Memory
 from pb_cached.config import Address, Config
 from pb_cached.pocketbase.client import PocketBaseClient, http_client
 from pb_cached.pocketbase.commit import BatchPath, CommitPath, SinglePath
 from pb_cached.pocketbase.dialect import Dialect, probe
-from pb_cached.pocketbase.schema import SchemaEditor, log_collection
+from pb_cached.pocketbase.schema import Layout, SchemaEditor, log_collection
+from pb_cached.reading import CachedReads
 from pb_cached.telemetry import Log
 from pb_cached.writes import Committer
 
@@ -28,17 +30,20 @@ from pb_cached.writes import Committer
 class Connection:
     """One PocketBase, as one event loop sees it.
 
-    Mutable state: `_committers`, one per log, each made by the first database that asks for it.
+    Mutable state: `_committers`, one per log, each made by the first database that asks for it; `_caches`, one per
+    collection and schema (by another schema its documents are others), likewise.
     """
 
     def __init__(self, client: PocketBaseClient, dialect: Dialect, config: Config, log: Log) -> None:
         self.client = client
         self.dialect = dialect
         self.schema = SchemaEditor(client, dialect, log)
+        self.memory = Memory(config.cache.max_bytes)
         self._config = config
         self._log = log
         self._server = secrets.token_hex(6)
         self._committers: dict[str, asyncio.Task[Committer]] = {}
+        self._caches: dict[tuple[str, Layout], CachedReads] = {}
 
     async def committer(self, prefix: str) -> Committer:
         """The committer of a database's log, which is created with the first one."""
@@ -56,8 +61,22 @@ class Connection:
         await committer.trim()
         return committer
 
+    def cached(self, collection: str, layout: Layout, make: Callable[[], CachedReads]) -> CachedReads:
+        """The cached reads of a collection, made by the first database that asks for them."""
+        if (collection, layout) not in self._caches:
+            self._caches[collection, layout] = make()
+        return self._caches[collection, layout]
+
+    def forget(self, collection: str) -> None:
+        """Keep nothing of a collection that was deleted."""
+        for (name, _), reads in self._caches.items():
+            if name == collection:
+                reads.cache.clear()
+
     async def close(self) -> None:
         """Drain all committers. Raises what the first of them raises, after all have been tried."""
+        for reads in self._caches.values():
+            await reads.loader.close()
         making = list(self._committers.values())
         for task in making:
             task.cancel()  # those that are ready stay so; whoever waited for the others has left
@@ -97,7 +116,10 @@ async def connection_to(
         PocketBaseUnavailable, AuthenticationFailed, RequestRejected: it cannot be opened.
     """
     connections = _shared.setdefault(asyncio.get_running_loop(), {})
-    key = (address, config.pocketbase, config.writes, id(http) if http else None)
+    settings = msgspec.json.encode(
+        (config.pocketbase, config.writes, config.cache, config.collections, config.coherence)
+    )
+    key = (address, settings, id(http) if http else None)
     shared = connections.setdefault(key, _Shared())
     shared.users += 1
     try:

@@ -30,7 +30,9 @@ from parlant.core.persistence.document_database import (
     UpdateResult,
 )
 
-from pb_cached.cache.predicate import compile_where
+from pb_cached.cache.collection import CollectionCache, Rule
+from pb_cached.cache.rules import indexed_fields, rule_for
+from pb_cached.cache.stats import CollectionStats, Stats
 from pb_cached.config import Config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
@@ -49,9 +51,9 @@ from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
-from pb_cached.reading import DirectReads, Match, Reads
+from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads
 from pb_cached.reading.order import after, position
-from pb_cached.telemetry import log_through
+from pb_cached.telemetry import Log, log_through
 from pb_cached.writes import Committer
 
 DEFAULT_PREFIX: Final = "parlant"
@@ -129,6 +131,32 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         await self._exit_stack.aclose()
         self._connection = self._committer = None
 
+    def stats(self) -> Stats:
+        """What the cache holds and has done, over all and by collection. Costs next to nothing."""
+        connection, _ = self._opened()
+        collections = {name: collection.stats() for name, collection in self._collections.items()}
+        return Stats(
+            cache_bytes=connection.memory.bytes,
+            cache_max_bytes=connection.memory.max_bytes if self._config.caches else 0,
+            collections={name: stats for name, stats in collections.items() if stats is not None},
+        )
+
+    async def warm(self, *names: str) -> None:
+        """Read collections into the cache, the newest documents first, until they are there or the cache is full.
+        Progress is logged. Does nothing where there is no cache.
+
+        Args:
+            names: collections that are open; none for all of those.
+
+        Raises:
+            CollectionNotFound: one of them is not open.
+        """
+        self._opened()
+        for name in names or tuple(self._collections):
+            if name not in self._collections:
+                raise CollectionNotFound(f"collection '{name}' is not open: get it before you warm it")
+            await self._collections[name].warm()
+
     async def flush(self) -> None:
         """Return when every write submitted so far is decided."""
         _, committer = self._opened()
@@ -196,6 +224,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
             await committer.flush()
             await connection.schema.drop(spec)
+            connection.forget(spec.name)
             self._collections.pop(name, None)
 
     def _opened(self) -> tuple[Connection, Committer]:
@@ -211,8 +240,12 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         loader: Callable[[BaseDocument], Awaitable[TDocument | None]] | None = None,
     ) -> PocketBaseDocumentCollection[TDocument]:
         connection, committer = self._opened()
+        fields = ["id", *(column.field for column in spec.columns)]
+        rule = rule_for(name, fields, self._config.collections.get(name))
+        if indexed := indexed_fields(rule):
+            spec = spec.indexed_by(indexed)
         collection: PocketBaseDocumentCollection[TDocument] = PocketBaseDocumentCollection(
-            spec, await self._codec(spec), connection, committer
+            spec, await self._codec(spec), connection, committer, rule if self._config.caches else None, self._log
         )
         if loader is not None:
             await Migration(
@@ -225,6 +258,8 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 self._log,
             ).run()
         self._collections[name] = collection
+        if name in self._config.cache.warm:
+            collection.warm_in_background()
         return collection
 
     async def _codec(self, spec: CollectionSpec) -> RecordCodec:
@@ -241,21 +276,60 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
     """A collection of documents. Every document it returns belongs to the caller."""
 
     def __init__(
-        self, spec: CollectionSpec, codec: RecordCodec, connection: Connection, committer: Committer
+        self,
+        spec: CollectionSpec,
+        codec: RecordCodec,
+        connection: Connection,
+        committer: Committer,
+        rule: Rule | None,
+        log: Log,
     ) -> None:
+        """
+        Args:
+            rule: how the collection is cached; None where every read goes to PocketBase.
+        """
         self.codec = codec
         self.reader = RecordReader(connection.client, connection.dialect, codec)
         self.filters = FilterWriter(codec.columns, connection.dialect)
-        self._reads: Reads = DirectReads(codec, self.reader, self.filters, connection.dialect)
         self._spec = spec
         self._connection = connection
         self._committer = committer
+        self._log = log
+        self._cached = connection.cached(spec.name, codec.layout, partial(self._new_cache, rule)) if rule else None
+        self._reads: Reads = self._cached or self._direct()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._closed = False
+
+    def _direct(self) -> DirectReads:
+        return DirectReads(self.codec, self.reader, self.filters, self._connection.dialect)
+
+    def _new_cache(self, rule: Rule) -> CachedReads:
+        cache = CollectionCache(rule, self._connection.memory)
+        loader = Loader(cache, self.codec, self.reader, self.filters, self._log)
+        reads = CachedReads(
+            cache, loader, self._direct(), self.codec, partial(self._committer.settled, self._spec.name)
+        )
+        self._committer.follow(self._spec.name, reads)
+        return reads
 
     def close(self) -> None:
         """Take no more calls. What was submitted is committed all the same."""
         self._closed = True
+
+    def stats(self) -> CollectionStats | None:
+        """What the collection's cache holds and has done; None where it has no cache."""
+        return self._cached.cache.snapshot() if self._cached else None
+
+    async def warm(self) -> None:
+        """Read the collection into its cache, the newest documents first, until it is there or the cache full."""
+        self._require_open()
+        if self._cached:
+            await self._cached.loader.warm()
+
+    def warm_in_background(self) -> None:
+        """The same, without waiting. That it fails is logged."""
+        if self._cached:
+            self._cached.loader.warm_in_background()
 
     async def find(
         self,
@@ -281,7 +355,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             raise InvalidFilter(f"limit must not be negative, got {limit}")
         descending = sort_direction == SortDirection.DESC
         where = after(filters, cursor, descending)
-        found = await self._reads.find(where, compile_where(where), limit, descending)
+        found = await self._reads.find(where, limit, descending)
         has_more = found.total > len(found.documents)
         last = found.documents[-1] if has_more and found.documents else None
         return FindResult(
@@ -300,10 +374,9 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             InvalidFilter: as `find`.
         """
         self._require_open()
-        predicate = compile_where(filters)
         if sort:
-            return cast(TDocument | None, await self._reads.first_sorted(filters, predicate, sort))
-        match = await self._reads.first(filters, predicate)
+            return cast(TDocument | None, await self._reads.first_sorted(filters, sort))
+        match = await self._reads.first(filters)
         return cast(TDocument, match.document) if match else None
 
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
@@ -345,10 +418,9 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             As `insert_one`, and InvalidFilter.
         """
         self._require_open()
-        predicate = compile_where(filters)
         params = cast(TDocument, snapshot(params))  # the caller may change it while the match is looked for
         for _ in range(_ATTEMPTS):
-            match = await self._reads.first(filters, predicate)
+            match = await self._reads.first(filters)
             if match is None:
                 if not upsert:
                     return UpdateResult(True, 0, 0, None)
@@ -367,9 +439,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             As `update_one`.
         """
         self._require_open()
-        predicate = compile_where(filters)
         for _ in range(_ATTEMPTS):
-            match = await self._reads.first(filters, predicate)
+            match = await self._reads.first(filters)
             if match is None:
                 return DeleteResult(True, 0, None)
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.config import CacheSettings, CoherenceSettings
 
 _numbers = itertools.count(1)
 
@@ -43,6 +44,21 @@ def prefix() -> str:
 
 DatabaseMaker = Callable[..., PocketBaseDocumentDatabase]
 
+EXCLUSIVE = CoherenceSettings(mode="exclusive")
+CACHES: Mapping[str, Mapping[str, Any]] = {
+    "no cache": {},
+    "cache": {"coherence": EXCLUSIVE},
+    # Evicts all the time, and reads through what does not fit.
+    "tiny cache": {"coherence": EXCLUSIVE, "cache": CacheSettings(max_bytes=4_000)},
+}
+"""How a database may be configured to read. All answers must be the same."""
+
+
+@pytest.fixture(params=CACHES)
+def cache(request: pytest.FixtureRequest) -> Mapping[str, Any]:
+    """Sections of a `Config`, with and without a cache: for tests whose answers must not depend on it."""
+    return CACHES[request.param]
+
 
 @pytest.fixture
 def make_database(pocketbase: PocketBaseServer, prefix: str) -> DatabaseMaker:
@@ -58,8 +74,10 @@ def make_database(pocketbase: PocketBaseServer, prefix: str) -> DatabaseMaker:
 
 
 @pytest_asyncio.fixture
-async def database(make_database: DatabaseMaker) -> AsyncIterator[PocketBaseDocumentDatabase]:
-    async with make_database() as opened:
+async def database(
+    make_database: DatabaseMaker, cache: Mapping[str, Any]
+) -> AsyncIterator[PocketBaseDocumentDatabase]:
+    async with make_database(config=Config(**cache)) as opened:
         yield opened
 
 

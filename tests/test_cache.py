@@ -15,7 +15,7 @@ from pb_cached.cache.memory import Memory
 from pb_cached.cache.partition import Entry, FactReader, Partition, decoded
 from pb_cached.exact import dumps
 
-EVENTS = Rule("session_id", sequence="offset", unique_ids=True, max_documents=6)
+EVENTS = Rule(("session_id",), sequence="offset", unique_ids=True, max_documents=6)
 SESSIONS = ("s1", "s2")
 
 
@@ -84,8 +84,8 @@ def test_everything_else_is_doubt_until_it_is_read_again(rev: int) -> None:
     assert documents(cache) is None
     key = cache.key("s1")
     assert key is not None
-    reading = cache.begin_again(key)
-    assert reading is not None
+    assert cache.is_doubtful(key)
+    reading = cache.begin_again()
     assert reading.records == {"a"}
     cache.settle(reading, {"a": state(cache, "a", 3, text="true")})
     assert [d["text"] for d in documents(cache) or ()] == ["true"]
@@ -202,7 +202,7 @@ def test_what_an_unfinished_write_may_still_change_is_not_kept() -> None:
 
 def test_the_least_recently_used_partition_goes_first() -> None:
     memory = Memory(8_000)
-    cache = CollectionCache(Rule("session_id"), memory)
+    cache = CollectionCache(Rule(("session_id",)), memory)
     for session in ("s1", "s2"):
         load(cache, session, state(cache, f"{session}-a", session=session, text="x" * 2_000))
     assert records(cache, "s1") == ["s1-a"]
@@ -222,7 +222,7 @@ def test_a_partition_larger_than_the_memory_evicts_no_other() -> None:
 
 
 def test_partitions_give_the_garbage_collector_nothing_to_do() -> None:
-    cache = CollectionCache(Rule("session_id"), Memory(10**9))
+    cache = CollectionCache(Rule(("session_id",)), Memory(10**9))
     before = len(gc.get_objects())
     for number in range(1_000):
         session = f"s{number}"
@@ -349,11 +349,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert key is not None
         return self.cache.begin(key)
 
-    @rule(target=begun, session=st.sampled_from(SESSIONS))
-    def begin_again(self, session: str) -> Any:
-        key = self.cache.key(session)
-        assert key is not None
-        return self.cache.begin_again(key) or multiple()
+    @rule(target=begun)
+    def begin_again(self) -> Reading:
+        return self.cache.begin_again()
 
     @rule(target=read, reading=consumes(begun))
     def take_rows(self, reading: Reading) -> tuple[Reading, list[State]]:
@@ -398,7 +396,8 @@ class AnyOrder(RuleBasedStateMachine):
         for session in SESSIONS:
             key = self.cache.key(session)
             assert key is not None
-            if (again := self.cache.begin_again(key)) is not None:
+            if self.cache.is_doubtful(key):
+                again = self.cache.begin_again()
                 self.finish(again, self.rows(again))
             shown = self.cache.get(key)
             if shown is None:

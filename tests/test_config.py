@@ -15,7 +15,16 @@ import pytest
 import structlog
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
-from pb_cached.config import Address, Credentials, PocketBaseSettings, Secret, find_address, find_url
+from pb_cached.cache.rules import rule_for
+from pb_cached.config import (
+    Address,
+    CollectionSettings,
+    Credentials,
+    PocketBaseSettings,
+    Secret,
+    find_address,
+    find_url,
+)
 from pb_cached.errors import AuthenticationFailed, ConfigError
 
 PRESETS = Path(__file__).parents[1] / "config"
@@ -63,13 +72,14 @@ def fields_of_config() -> dict[str, Mapping[str, Any]]:
     return {
         section.name: {field.name: field.default for field in msgspec.structs.fields(section.type)}
         for section in msgspec.structs.fields(Config)
+        if section.name != "collections"
     }
 
 
 @pytest.fixture
 def everything_switched_on() -> str:
-    """The shipped default, with its `#name = value` lines uncommented."""
-    return re.sub(r"^#(?=\w+ = )", "", (PRESETS / "default.toml").read_text("utf-8"), flags=re.MULTILINE)
+    """The shipped default, with its `#name = value` and `#[table]` lines uncommented."""
+    return re.sub(r"^#(?=\w+ = |\[)", "", (PRESETS / "default.toml").read_text("utf-8"), flags=re.MULTILINE)
 
 
 def test_the_shipped_default_says_what_is_so_without_a_file() -> None:
@@ -82,7 +92,15 @@ def test_the_shipped_default_names_every_setting_with_its_default(everything_swi
         assert shown[section].keys() == defaults.keys()
         for name, default in defaults.items():
             if default is not None:
-                assert shown[section][name] == default, f"{section}.{name}"
+                value = shown[section][name]
+                assert (tuple(value) if isinstance(value, list) else value) == default, f"{section}.{name}"
+    assert shown["collections"]["events"].keys() == {f.name for f in msgspec.structs.fields(CollectionSettings)}
+
+
+def test_the_shipped_default_shows_how_events_are_cached(toml: TomlWriter, everything_switched_on: str) -> None:
+    shown = Config.load(toml(everything_switched_on)).collections["events"]
+    fields = ["id", "session_id", "offset"]
+    assert rule_for("events", fields, shown) == rule_for("events", fields, None)
 
 
 def test_every_setting_of_the_shipped_default_can_be_switched_on(
@@ -160,6 +178,13 @@ def test_relative_paths_are_taken_from_the_files_own_folder(
         ('[stores]\nsession_prefix = "a-b"', "stores.session_prefix: expected 'str' matching regex"),
         ('[stores]\nsession_prefix = "Parlant_Customers"', "customer_prefix and variable_prefix must differ"),
         ('[stores]\ncustomer_ids = "mine"', "stores.customer_ids: invalid enum value 'mine'; expected one of"),
+        ("[cache]\nmax_bytes = -1", "cache.max_bytes: expected 'int' >= 0"),
+        ('[cache]\nwarm = "sessions"', "cache.warm: expected a list, got 'str'"),
+        ('[coherence]\nmode = "on"', "coherence.mode: invalid enum value 'on'; expected one of exclusive, off"),
+        ("[collections]\nevents = 3", "collections.events: expected a table, got 'int'"),
+        ("[collections.events]\nmax = 1", "unknown key 'collections.events.max'"),
+        ("[collections.x]\n[collections.y]\nsequence = 1", "collections.y.sequence: expected 'str"),
+        ("[collections.x]\nmax_partition_documents = 0", "collections.x.max_partition_documents: expected 'int'"),
         ("[writes]\nmax_commit_records = 5001", "writes.max_commit_records: expected 'int' <= 5000"),
         ("[writes]\nmax_document_bytes = 0", "writes.max_document_bytes: expected 'int' >= 1024"),
         ("[writes]\nlog_retention = 1", "writes.log_retention: expected 'float' >= 60"),

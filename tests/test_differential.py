@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -14,8 +15,9 @@ from parlant.adapters.db.transient import TransientDocumentDatabase
 from parlant.core.persistence.common import SortDirection, Where
 from parlant.core.persistence.document_database import DocumentCollection, identity_loader_for
 
-from pb_cached import PocketBaseDocumentDatabase
+from pb_cached import Config, PocketBaseDocumentDatabase
 from pb_cached.cache.predicate import compile_where
+from pb_cached.config import CollectionSettings
 from tests.conftest import DatabaseMaker
 from tests.strategies import FIELDS, Sample, json_values, operands, plain_documents, wheres, wild_documents
 from tests.test_codec import same, same_document
@@ -56,6 +58,15 @@ class TotalOracle:
         import parlant.adapters.db.transient as transient
 
         transient.matches_filters = self._original  # type: ignore[attr-defined]
+
+
+SHAPES = [
+    CollectionSettings(),
+    CollectionSettings(partition_by=""),
+    CollectionSettings(partition_by="name", sequence="offset", max_partition_documents=6),
+    CollectionSettings(partition_by=("mode", "title"), sequence="rev"),
+]
+"""How collections are cached, in turn."""
 
 
 class Databases(RuleBasedStateMachine):
@@ -171,19 +182,26 @@ class Databases(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_any_sequence_of_operations_answers_as_parlants_own(make_database: DatabaseMaker, runner: Any) -> None:
+def test_any_sequence_of_operations_answers_as_parlants_own(
+    make_database: DatabaseMaker, runner: Any, cache: Mapping[str, Any]
+) -> None:
+    shapes = {f"c{number}": SHAPES[number % len(SHAPES)] for number in range(1, 200)}
+
     class Machine(Databases):
         run = staticmethod(runner.run)
-        make = staticmethod(make_database)
+        make = staticmethod(partial(make_database, config=Config(collections=shapes, **cache)))
 
     run_state_machine_as_test(Machine, settings=settings(BOUNDED, max_examples=40, stateful_step_count=25))
 
 
 @pytest.mark.slow
-def test_any_filter_finds_what_the_predicate_finds(make_database: DatabaseMaker, runner: Any) -> None:
+def test_any_filter_finds_what_the_predicate_finds(
+    make_database: DatabaseMaker, runner: Any, cache: Mapping[str, Any]
+) -> None:
     """Over one hostile set of documents: filters narrow, and never too far."""
     documents: list[dict[str, Any]] = []
-    database = runner.run(make_database().__aenter__())
+    config = Config(collections={"samples": CollectionSettings(partition_by="deleted")}, **cache)
+    database = runner.run(make_database(config=config).__aenter__())
     collection = runner.run(database.get_or_create_collection("samples", Sample, identity_loader_for(Sample)))
 
     @settings(BOUNDED, max_examples=120)

@@ -648,12 +648,14 @@ class SameCalls(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_the_same_calls_answer_as_on_parlants_own_stores(pocketbase: PocketBaseServer, prefix: str) -> None:
+def test_the_same_calls_answer_as_on_parlants_own_stores(
+    pocketbase: PocketBaseServer, prefix: str, cache: Mapping[str, Any]
+) -> None:
     numbers = itertools.count()
 
     def open_ours() -> AbstractAsyncContextManager[Stores]:
         name = f"{prefix}n{next(numbers)}"
-        config = Config(stores=StoreSettings(f"{name}_s", f"{name}_c", f"{name}_v"))
+        config = Config(stores=StoreSettings(f"{name}_s", f"{name}_c", f"{name}_v"), **cache)
         return open_stores(config, connection_params=pocketbase.connection_params)
 
     with asyncio.Runner() as runner:

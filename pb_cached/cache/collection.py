@@ -16,7 +16,7 @@ Does no I/O and never awaits: every method is one step, and nothing can come bet
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from cachetools import TTLCache
@@ -24,6 +24,7 @@ from msgspec import Struct
 
 from pb_cached.cache.memory import Memory
 from pb_cached.cache.partition import Entry, FactReader, Key, Partition
+from pb_cached.cache.stats import CollectionStats
 
 REMEMBERED: Final = 100_000
 """Deletions and moves that are kept in mind at most."""
@@ -42,8 +43,8 @@ DELETED: Final = 2**63
 class Rule(Struct, frozen=True):
     """How a collection is cached."""
 
-    partition_by: str = "id"
-    """The field whose value the documents of a partition share; `id` for document by document; empty for one
+    partition_by: tuple[str, ...] = ("id",)
+    """The fields whose values the documents of a partition share; `id` for document by document; none for one
     partition that holds the whole collection."""
     sequence: str | None = None
     """An integer field that numbers the documents of a partition from 0, without holes."""
@@ -100,13 +101,14 @@ class Reading:
         return change if change.rev > row.rev else row
 
 
-class Stats:
-    """Counters of a collection's cache. Only ever added to, but for `bytes`."""
+class Counters:
+    """What a collection's cache has done since it was made, and the bytes that it takes: see `CollectionStats`."""
 
-    __slots__ = ("bytes", "evictions", "hits", "loads", "misses", "negative_hits", "rereads")
+    __slots__ = ("bytes", "evictions", "hits", "loads", "misses", "negative_hits", "rereads", "through")
 
     def __init__(self) -> None:
-        self.hits = self.negative_hits = self.misses = self.loads = self.rereads = self.evictions = self.bytes = 0
+        self.hits = self.negative_hits = self.misses = self.through = 0
+        self.loads = self.rereads = self.evictions = self.bytes = 0
 
 
 class CollectionCache:
@@ -120,7 +122,7 @@ class CollectionCache:
     def __init__(self, rule: Rule, memory: Memory) -> None:
         self.rule = rule
         self.facts = FactReader(rule.sequence)
-        self.stats = Stats()
+        self.stats = Counters()
         self._memory = memory
         self._number = memory.join(self._evicted)
         self._records: dict[str, Key] = {}
@@ -136,6 +138,21 @@ class CollectionCache:
     def __len__(self) -> int:
         return len(self._records)
 
+    def snapshot(self) -> CollectionStats:
+        """The counters as they are now."""
+        counted = {name: getattr(self.stats, name) for name in Counters.__slots__}
+        return CollectionStats(documents=len(self), **counted)
+
+    @property
+    def max_bytes(self) -> int:
+        """The most that the memory of all collections holds."""
+        return self._memory.max_bytes
+
+    @property
+    def fullness(self) -> float:
+        """The share of that memory which is in use."""
+        return self._memory.bytes / self._memory.max_bytes if self._memory.max_bytes else 1.0
+
     # looking
 
     def get(self, key: Key) -> Partition | None:
@@ -144,16 +161,33 @@ class CollectionCache:
             return None
         return self._memory.get(key)
 
-    def key(self, value: Any) -> Key | None:
-        """The key of the partition whose documents have this value in `partition_by`; None for a value that no
+    def key(self, *values: Any) -> Key | None:
+        """The key of the partition whose documents have these values in `partition_by`; None for values that no
         partition can be kept for."""
-        if type(value) is str:
-            return f"{self._number}:{value}"
-        return (self._number, value) if value is None or isinstance(value, int | float) else None
+        if len(values) == 1 and type(values[0]) is str:
+            return f"{self._number}:{values[0]}"
+        plain = [str.__str__(value) if isinstance(value, str) else value for value in values]
+        if all(isinstance(value, str) for value in plain):
+            parts = plain if len(plain) == 1 else [f"{len(value)}:{value}" for value in plain]
+            return f"{self._number}:" + "".join(parts)
+        # What is not equal to itself (NaN) would never be found again.
+        if all(value is None or (isinstance(value, int | float | str) and value == value) for value in plain):
+            return (self._number, *plain)
+        return None
 
-    def value(self, key: Key) -> Any:
-        """The value that makes this key."""
-        return key.partition(":")[2] if isinstance(key, str) else key[1]
+    def values(self, key: Key) -> Sequence[Any]:
+        """The values that make this key."""
+        if not isinstance(key, str):
+            return key[1:]
+        _, _, rest = key.partition(":")
+        if len(self.rule.partition_by) == 1:
+            return (rest,)
+        values = []
+        while rest:
+            length, _, rest = rest.partition(":")
+            values.append(rest[: int(length)])
+            rest = rest[int(length) :]
+        return values
 
     def key_of(self, record: str) -> Key | None:
         """The partition that a record is cached in."""
@@ -166,15 +200,9 @@ class CollectionCache:
 
     def state(self, record: str, rev: int, document: Mapping[str, Any], json: bytes) -> State:
         """A record with this document, as a change or a read tells it."""
-        by = self.rule.partition_by
         id_ = document.get("id")
-        return State(
-            record,
-            rev,
-            json,
-            self.key(document.get(by, ())) if by else self.key(""),
-            id_ if isinstance(id_, str) else None,
-        )
+        key = self.key(*[document.get(field, ()) for field in self.rule.partition_by])
+        return State(record, rev, json, key, id_ if isinstance(id_, str) else None)
 
     def may_keep(self, key: Key) -> bool:
         """Is this partition worth a load?"""
@@ -262,10 +290,12 @@ class CollectionCache:
         """A read of a whole partition begins: from now on changes are gathered for it."""
         return self._begun(Reading(key, frozenset()))
 
-    def begin_again(self, key: Key) -> Reading | None:
-        """A read of all records in doubt begins; None where this partition waits for more than that."""
-        if key in self._holes or key not in self._doubts:
-            return None
+    def is_doubtful(self, key: Key) -> bool:
+        """Does the partition wait for nothing but records in doubt to be read again?"""
+        return key in self._doubts and key not in self._holes
+
+    def begin_again(self) -> Reading:
+        """A read of all records in doubt begins."""
         return self._begun(Reading(None, frozenset().union(*self._doubts.values())))
 
     def _begun(self, reading: Reading) -> Reading:

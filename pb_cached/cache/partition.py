@@ -18,8 +18,9 @@ from msgspec import Struct
 
 from pb_cached.exact import Json, loads
 
-Key = str | tuple[int, Any]
-"""What partitions are looked up by, over all collections: see `Keys`."""
+Key = str | tuple[Any, ...]
+"""What partitions are looked up by, over all collections: the collection's number, and the values that the
+partition's documents share. See `CollectionCache.key`."""
 
 ENTRY_BYTES: Final = 320
 """What a document takes beside its JSON: the entry, the record's id, and its places in the indexes."""

@@ -6,10 +6,44 @@ Everything here may say too much, never too little: the predicate decides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import product
+from typing import Any, Final
 
-MOST_VALUES = 64
+from pb_cached.cache.collection import CollectionCache
+from pb_cached.cache.partition import Key
+
+MOST_VALUES: Final = 64
 """Beyond so many partitions a query is one for PocketBase."""
+
+
+def only_key(where: Mapping[str, Any], cache: CollectionCache) -> Key | None:
+    """The key of the one partition that a plain query names, by `$eq` with a string for each of its fields. None
+    for all other queries, those for several partitions among them."""
+    values = []
+    for field in cache.rule.partition_by:
+        condition = where.get(field)
+        if condition.__class__ is not dict or len(condition) != 1:
+            return None
+        value = condition.get("$eq")
+        if value.__class__ is not str:
+            return None
+        values.append(value)
+    return cache.key(*values)
+
+
+def keys_of(where: Mapping[str, Any], cache: CollectionCache) -> list[Key] | None:
+    """The partitions in which all matches are, each once; None where they may be in any, or in one that cannot be
+    kept."""
+    choices = [values_of(where, field) for field in cache.rule.partition_by]
+    if None in choices:
+        return None
+    keys: dict[Key, None] = {}
+    for values in product(*[values for values in choices if values is not None]):
+        key = cache.key(*values)
+        if key is None or len(keys) == MOST_VALUES:
+            return None
+        keys[key] = None
+    return list(keys)
 
 
 def values_of(where: Mapping[str, Any], field: str) -> tuple[Any, ...] | None:

@@ -148,6 +148,7 @@ class RecordCodec:
 
     def __init__(self, collection: str, layout: Layout, max_document_bytes: int) -> None:
         self.collection = collection
+        self.layout = layout
         self.columns: Mapping[str, Column] = {
             "id": Column("id", "doc_id", Kind.TEXT),
             **{column.field: column for column in layout.declared},

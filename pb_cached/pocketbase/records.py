@@ -71,6 +71,17 @@ class RecordReader:
             found |= {row.id: row for row in (await self.page(filter_, "id", per_filter)).rows}
         return found
 
+    async def newest_first(self) -> AsyncIterator[Sequence[Row]]:
+        """Every record, page by page, those inserted last first."""
+        limit, last = FIRST_PAGE, ""
+        while True:
+            key = f"id < '{last}'" if last else ""
+            page, size = await self._page(key, "-id", limit, total=False)
+            yield page.rows
+            if len(page.rows) < limit:
+                return
+            last, limit = page.rows[-1].id, self._next_limit(limit, size)
+
     async def _each(self, filter_: str) -> AsyncIterator[Row]:
         limit, last = FIRST_PAGE, ""
         while True:
@@ -80,8 +91,11 @@ class RecordReader:
                 yield row
             if len(page.rows) < limit:
                 return
-            last = page.rows[-1].id
-            limit = max(1, min(self._dialect.per_page, PAGE_BYTES * limit // max(1, size)))
+            last, limit = page.rows[-1].id, self._next_limit(limit, size)
+
+    def _next_limit(self, limit: int, size: int) -> int:
+        """So many records that the next page takes about as many bytes as a page may."""
+        return max(1, min(self._dialect.per_page, PAGE_BYTES * limit // max(1, size)))
 
     async def _page(self, filter_: str, sort: str, limit: int, total: bool) -> tuple[Page, int]:
         params: dict[str, str | int] = {"perPage": limit, "sort": sort}

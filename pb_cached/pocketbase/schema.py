@@ -125,6 +125,12 @@ class CollectionSpec(Struct, frozen=True):
     owner: str
     """The length of the prefix, which tells `a` + `b_c` from `a_b` + `c`; `log` for a log."""
 
+    def indexed_by(self, fields: Sequence[str]) -> CollectionSpec:
+        """The same, with an index over these fields."""
+        names = {column.field: column.name for column in self.columns} | {"id": "doc_id"}
+        index = IndexSpec(tuple((names[field], False) for field in fields))
+        return msgspec.structs.replace(self, indexes=(*self.indexes, index))
+
     @property
     def mark(self) -> str:
         """The name of an index that tells whose collection this is. PocketBase's index names are global, so the

@@ -1,5 +1,7 @@
 """Answering queries: by PocketBase, or by the cache and, for what it lacks, by PocketBase."""
 
+from pb_cached.reading.cached import CachedReads
 from pb_cached.reading.direct import DirectReads, Match, Reads
+from pb_cached.reading.loads import Loader
 
-__all__ = ["DirectReads", "Match", "Reads"]
+__all__ = ["CachedReads", "DirectReads", "Loader", "Match", "Reads"]

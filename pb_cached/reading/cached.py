@@ -1,15 +1,14 @@
 """Answers by the cache. What it lacks is loaded; what no partition can answer goes to PocketBase.
 
-A partition that is missing is loaded once, however many wait for it. Who is cancelled leaves it to the others, and
-a load that fails is nobody's answer but theirs who waited.
+What PocketBase has committed can be read from it a moment before its answer has reached us, and with it the cache.
+So a read that went to PocketBase waits for the commit under way: else its reader could find the cache to be older.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import CollectionSort
@@ -17,185 +16,220 @@ from parlant.core.persistence.document_database import CollectionSort
 from pb_cached.cache.collection import DELETED, CollectionCache, State
 from pb_cached.cache.partition import Entry, Key, Partition, decoded
 from pb_cached.cache.predicate import Predicate, compile_where
-from pb_cached.cache.query import least_of, values_of
+from pb_cached.cache.query import MOST_VALUES, keys_of, least_of, only_key, values_of
 from pb_cached.errors import SchemaError
-from pb_cached.exact import dumps, loads
-from pb_cached.pocketbase.codec import RecordCodec, Row
+from pb_cached.exact import loads
+from pb_cached.pocketbase.codec import RecordCodec
 from pb_cached.pocketbase.commit import Operation, Reply
-from pb_cached.pocketbase.filters import FilterWriter
-from pb_cached.pocketbase.records import RecordReader
 from pb_cached.reading.direct import DirectReads, Document, Found, Match
+from pb_cached.reading.loads import Loader
 from pb_cached.reading.order import first_of, position
 
 ROUNDS: Final = 5
 """How often partitions are refreshed for one reader before the reader goes to PocketBase."""
 
-
 _record: Final = attrgetter("record")
+
+T = TypeVar("T")
 
 
 class Candidates(NamedTuple):
     """The entries among which all matches are."""
 
     entries: Sequence[Entry]
+    matches: Predicate | None
+    """Which of them match; None where all of them do."""
     ordered: bool
     """They rise strictly by `creation_utc` and `id`."""
     rising: bool
     """They rise strictly by the partition's sequence."""
 
+    def documents(self) -> list[Document]:
+        """The matches, in the order of their insertion."""
+        found = decoded(self.entries)
+        matches = self.matches
+        return found if matches is None else [document for document in found if matches(document)]
+
+    def first(self, *, last: bool = False) -> Match | None:
+        """The first match, or the last one. Nothing behind it is decoded."""
+        for entry in reversed(self.entries) if last else self.entries:
+            document = loads(entry.document)
+            if self.matches is None or self.matches(document):
+                return Match(entry.record, document)
+        return None
+
 
 class CachedReads:
-    """Reads of one collection through its cache.
-
-    Mutable state: `_under_way`, the refresh of each partition that somebody waits for.
-    """
+    """Reads of one collection through its cache, and the one place that tells the cache of our own commits."""
 
     def __init__(
         self,
         cache: CollectionCache,
+        loader: Loader,
         direct: DirectReads,
         codec: RecordCodec,
-        reader: RecordReader,
-        filters: FilterWriter,
+        settled: Callable[[], Awaitable[None]],
     ) -> None:
+        """
+        Args:
+            settled: returns when the commit under way, if it touches the collection, is decided.
+        """
         self.cache = cache
+        self.loader = loader
         self._direct = direct
         self._codec = codec
-        self._reader = reader
-        self._filters = filters
-        self._under_way: dict[Key, asyncio.Task[None]] = {}
+        self._settled = settled
 
     # answers
 
-    async def find(
-        self, where: Mapping[str, Any], predicate: Predicate, limit: int | None, descending: bool
-    ) -> Found:
-        candidates = self._at_hand(where) or await self._fetched(where)
-        if candidates is None:
-            return await self._direct.find(where, predicate, limit, descending)
-        found = [document for document in decoded(candidates.entries) if predicate(document)]
+    async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
+        hit = candidates = self._at_hand(where)
+        if candidates is None and (candidates := await self._fetched(where)) is None:
+            return await self._through(self._direct.find(where, limit, descending))
+        found = candidates.documents()
         if not candidates.ordered:
             found.sort(key=position, reverse=descending)
         elif descending:
             found.reverse()
+        if hit:
+            self._count(bool(found))
         return Found(found if limit is None else found[:limit], len(found))
 
-    async def first(self, where: Mapping[str, Any], predicate: Predicate) -> Match | None:
-        candidates = self._at_hand(where) or await self._fetched(where)
-        if candidates is None:
-            return await self._direct.first(where, predicate)
-        return _first_match(candidates.entries, predicate)
+    async def first(self, where: Mapping[str, Any]) -> Match | None:
+        hit = candidates = self._at_hand(where)
+        if candidates is None and (candidates := await self._fetched(where)) is None:
+            return await self._through(self._direct.first(where))
+        match = candidates.first()
+        if hit:
+            self._count(match is not None)
+        return match
 
-    async def first_sorted(
-        self, where: Mapping[str, Any], predicate: Predicate, sort: CollectionSort
-    ) -> Document | None:
-        candidates = self._at_hand(where) or await self._fetched(where)
-        if candidates is None:
-            return await self._direct.first_sorted(where, predicate, sort)
+    async def first_sorted(self, where: Mapping[str, Any], sort: CollectionSort) -> Document | None:
+        hit = candidates = self._at_hand(where)
+        if candidates is None and (candidates := await self._fetched(where)) is None:
+            return await self._through(self._direct.first_sorted(where, sort))
         if candidates.rising and len(sort) == 1 and sort[0][0] == self.cache.rule.sequence:
-            descending = sort[0][1] == SortDirection.DESC
-            entries = candidates.entries[::-1] if descending else candidates.entries
-            match = _first_match(entries, predicate)
-            return match.document if match else None
-        return first_of([document for document in decoded(candidates.entries) if predicate(document)], sort)
+            match = candidates.first(last=sort[0][1] == SortDirection.DESC)
+            document = match.document if match else None
+        else:
+            document = first_of(candidates.documents(), sort)
+        if hit:
+            self._count(document is not None)
+        return document
 
-    # changes
+    async def _through(self, read: Awaitable[T]) -> T:
+        self.cache.stats.through += 1
+        found = await read
+        await self._settled()
+        return found
+
+    def _count(self, found: bool) -> None:
+        if found:
+            self.cache.stats.hits += 1
+        else:
+            self.cache.stats.negative_hits += 1
+
+    # what became of our own operations
 
     def committed(self, operation: Operation, reply: Reply) -> None:
         """PocketBase has committed an operation on this collection."""
         if operation.method == "DELETE" or not reply.record:
-            self.cache.apply(State(operation.record_id, DELETED))
+            self.gone(operation)
             return
         try:
-            self.cache.apply(self._state(self._codec.row(reply.record)))
+            self.cache.apply(self.loader.state(self._codec.row(reply.record)))
         except SchemaError:  # somebody has taken a column away, and the write will be repeated
             self.cache.clear()
 
+    def gone(self, operation: Operation) -> None:
+        """The operation's record does not exist any more."""
+        self.cache.apply(State(operation.record_id, DELETED))
+
     def uncertain(self, operation: Operation) -> None:
         """Nobody knows whether this operation was applied, or will be yet."""
-        key = self.cache.key_of(operation.record_id)
         if operation.method == "POST":
             try:
-                key = self._state(self._codec.row(operation.body)).key
+                self.cache.avoid(self.loader.state(self._codec.row(operation.body)).key)
             except SchemaError:
-                key = None
-        elif self.cache.rule.partition_by in loads(operation.body or b"{}"):
-            key = None
+                self.cache.avoid(None)
+            return
+        key = self.cache.key_of(operation.record_id)
         self.cache.avoid(key)
+        if key is not None and operation.method == "PATCH" and not self._stays(operation, key):
+            self.cache.avoid(None)
 
-    # partitions
+    def _stays(self, operation: Operation, key: Key) -> bool:
+        """Does a change leave its record in this partition?"""
+        columns = loads(operation.body)
+        fields = zip(self.cache.rule.partition_by, self.cache.values(key), strict=True)
+        return all(columns.get(self._codec.columns[field].name, value) == value for field, value in fields)
+
+    # candidates
 
     def _at_hand(self, where: Mapping[str, Any]) -> Candidates | None:
         """The candidates, if all that it takes is in memory."""
-        keys = self._keys(where)
-        if keys is None or (partitions := self._partitions(keys)) is None:
-            return None
-        candidates = self._candidates(where, partitions)
-        if candidates.entries:
-            self.cache.stats.hits += 1
-        else:
-            self.cache.stats.negative_hits += 1
-        return candidates
+        key = only_key(where, self.cache)
+        if key is not None:
+            partition = self.cache.get(key)
+            return None if partition is None else self._within(partition, where)
+        matches = compile_where(where)
+        keys = keys_of(where, self.cache)
+        if keys is None:
+            keys = self._keys_by_ids(where)
+        return None if keys is None else self._among(keys, where, matches)
 
     async def _fetched(self, where: Mapping[str, Any]) -> Candidates | None:
         """The candidates, when what was missing has been loaded; None where partitions cannot answer."""
-        keys = self._keys(where) or await self._located(where)
+        matches = compile_where(where)
+        keys = keys_of(where, self.cache)
+        if keys is None:
+            keys = await self._located(where)
         if keys is None:
             return None
         for _ in range(ROUNDS):
-            partitions = self._partitions(keys)
-            if partitions is not None:
-                return self._candidates(where, partitions)
             missing = [key for key in keys if self.cache.get(key) is None]
             if not all(self.cache.may_keep(key) for key in missing):
                 return None
-            self.cache.stats.misses += 1
-            await asyncio.gather(*(self._refreshed(key) for key in missing))
+            if missing:
+                self.cache.stats.misses += 1
+                await self.loader.refresh(missing)
+            candidates = self._among(keys, where, matches)
+            if candidates is not None:
+                return candidates
         return None
 
-    def _keys(self, where: Mapping[str, Any]) -> list[Key] | None:
-        """The partitions in which all matches are."""
+    def _within(self, partition: Partition, where: Mapping[str, Any]) -> Candidates:
+        """The candidates of a query for just this partition: what makes its key need not be asked again."""
         rule = self.cache.rule
-        if not rule.partition_by:
-            return _all([self.cache.key("")])
-        values = values_of(where, rule.partition_by)
-        if values is not None:
-            return _all([self.cache.key(value) for value in values])
-        ids = values_of(where, "id") if rule.unique_ids else None
-        if ids is None:
-            return None
-        places = [self.cache.place(id_) for id_ in ids]
-        return _all([place and place[0] for place in places])
+        rest = {field: condition for field, condition in where.items() if field not in rule.partition_by}
+        if not rest:
+            return Candidates(partition.entries, None, partition.ordered, partition.rising)
+        matches = compile_where(rest)
+        if (ids := self._ids(rest)) is not None:
+            return self._by_ids(ids, (partition,), matches)
+        least = least_of(rest, rule.sequence) if rule.sequence else None
+        return Candidates(partition.since(least, self.cache.facts), matches, partition.ordered, partition.rising)
 
-    async def _located(self, where: Mapping[str, Any]) -> list[Key] | None:
-        """The partitions of documents of which only the ids are known: one record of each tells."""
-        ids = values_of(where, "id") if self.cache.rule.unique_ids else None
-        if ids is None:
-            return None
-        states = [self._state(row) for row in await self._rows({"id": {"$in": list(ids)}})]
-        return _all([state.key for state in states])
-
-    def _partitions(self, keys: Sequence[Key]) -> list[Partition] | None:
+    def _among(self, keys: Sequence[Key], where: Mapping[str, Any], matches: Predicate) -> Candidates | None:
+        """The candidates of a query for these partitions; None where one of them is not at hand."""
         partitions = []
         for key in keys:
             partition = self.cache.get(key)
             if partition is None:
                 return None
             partitions.append(partition)
-        return partitions
-
-    def _candidates(self, where: Mapping[str, Any], partitions: Sequence[Partition]) -> Candidates:
         rule = self.cache.rule
-        if rule.unique_ids and (ids := values_of(where, "id")) is not None:
-            return self._by_ids(ids, partitions)
+        if (ids := self._ids(where)) is not None:
+            return self._by_ids(ids, partitions, matches)
         if len(partitions) == 1:
             (partition,) = partitions
             least = least_of(where, rule.sequence) if rule.sequence else None
-            return Candidates(partition.since(least, self.cache.facts), partition.ordered, partition.rising)
-        entries = sorted((entry for partition in partitions for entry in partition.entries), key=_record)
-        return Candidates(entries, False, False)
+            entries = partition.since(least, self.cache.facts)
+            return Candidates(entries, matches, partition.ordered, partition.rising)
+        entries = tuple(sorted((entry for partition in partitions for entry in partition.entries), key=_record))
+        return Candidates(entries, matches, False, False)
 
-    def _by_ids(self, ids: Sequence[Any], partitions: Sequence[Partition]) -> Candidates:
+    def _by_ids(self, ids: Sequence[str], partitions: Sequence[Partition], matches: Predicate) -> Candidates:
         entries = []
         for id_ in ids:
             place = self.cache.place(id_)
@@ -203,61 +237,24 @@ class CachedReads:
                 if place is not None and place[0] == partition.key:
                     entries.append(partition.entries[partition.index(place[1])])
         entries.sort(key=_record)
-        return Candidates(entries, len(entries) < 2, False)
+        return Candidates(entries, matches, len(entries) < 2, False)
 
-    # loads
+    def _ids(self, where: Mapping[str, Any]) -> Sequence[str] | None:
+        """The ids that the matches have, where ids are unique and so tell the documents."""
+        ids = values_of(where, "id") if self.cache.rule.unique_ids else None
+        if ids is None or len(ids) > MOST_VALUES or not all(isinstance(id_, str) for id_ in ids):
+            return None
+        return ids
 
-    async def _refreshed(self, key: Key) -> None:
-        """Load a partition, or what is in doubt in it, or wait for whoever does."""
-        task = self._under_way.get(key)
-        if task is None:
-            task = self._under_way[key] = asyncio.create_task(self._refresh(key))
-            task.add_done_callback(lambda done: self._ended(key, done))
-        await asyncio.shield(task)
+    def _keys_by_ids(self, where: Mapping[str, Any]) -> list[Key] | None:
+        """The partitions of documents of which only the ids are known, if all of them are cached."""
+        ids = self._ids(where)
+        if ids is None:
+            return None
+        places = [self.cache.place(id_) for id_ in ids]
+        return None if None in places else list(dict.fromkeys(place[0] for place in places if place is not None))
 
-    def _ended(self, key: Key, task: asyncio.Task[None]) -> None:
-        del self._under_way[key]
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; that nobody did is no reason for a warning
-
-    async def _refresh(self, key: Key) -> None:
-        again = self.cache.begin_again(key)
-        reading = again or self.cache.begin(key)
-        try:
-            if again is not None:
-                rows = (await self._reader.by_ids(sorted(again.records))).values()
-                self.cache.settle(again, {row.id: self._state(row) for row in rows})
-                return
-            by = self.cache.rule.partition_by
-            found = await self._rows({by: {"$eq": self.cache.value(key)}} if by else {})
-            self.cache.load(reading, map(self._state, found))
-        finally:
-            self.cache.abandon(reading)
-
-    async def _rows(self, where: Mapping[str, Any]) -> list[Row]:
-        """The records that match; or so many that it is clear that they are too many to be kept."""
-        predicate = compile_where(where)
-        rows: list[Row] = []
-        async for row in self._reader.all(self._filters.narrow(where) or ()):
-            if predicate(self._codec.document(row)):
-                rows.append(row)
-                if len(rows) > self.cache.rule.max_documents:
-                    break
-        return rows
-
-    def _state(self, row: Row) -> State:
-        document = self._codec.document(row)
-        return self.cache.state(row.id, row.rev, document, dumps(document))
-
-
-def _all(keys: Sequence[Key | None]) -> list[Key] | None:
-    """Each key once; None where one of them is unknown."""
-    return None if None in keys else [key for key in dict.fromkeys(keys) if key is not None]
-
-
-def _first_match(entries: Sequence[Entry], predicate: Predicate) -> Match | None:
-    for entry in entries:
-        document = loads(entry.document)
-        if predicate(document):
-            return Match(entry.record, document)
-    return None
+    async def _located(self, where: Mapping[str, Any]) -> list[Key] | None:
+        """The same, as PocketBase has it."""
+        ids = self._ids(where)
+        return None if ids is None else await self.loader.locate({"id": {"$in": list(ids)}})

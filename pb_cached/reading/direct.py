@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import CollectionSort
 
-from pb_cached.cache.predicate import Predicate
+from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.exact import Json
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.dialect import Dialect
@@ -35,21 +35,17 @@ class Found(NamedTuple):
 
 
 class Reads(Protocol):
-    """How a collection reads."""
+    """How a collection reads. Each raises `InvalidFilter` for what is no filter."""
 
-    async def find(
-        self, where: Mapping[str, Any], predicate: Predicate, limit: int | None, descending: bool
-    ) -> Found:
+    async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
         """The matches by `creation_utc` and `id`."""
         ...
 
-    async def first(self, where: Mapping[str, Any], predicate: Predicate) -> Match | None:
+    async def first(self, where: Mapping[str, Any]) -> Match | None:
         """The match that was inserted first."""
         ...
 
-    async def first_sorted(
-        self, where: Mapping[str, Any], predicate: Predicate, sort: CollectionSort
-    ) -> Document | None:
+    async def first_sorted(self, where: Mapping[str, Any], sort: CollectionSort) -> Document | None:
         """The first match in the order of `sort`; of equal ones, the one inserted first."""
         ...
 
@@ -63,9 +59,8 @@ class DirectReads:
         self._filters = filters
         self._dialect = dialect
 
-    async def find(
-        self, where: Mapping[str, Any], predicate: Predicate, limit: int | None, descending: bool
-    ) -> Found:
+    async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
+        predicate = compile_where(where)
         narrowed = self._filters.narrow(where)
         if narrowed is None:
             return Found((), 0)
@@ -77,7 +72,8 @@ class DirectReads:
         found.sort(key=position, reverse=descending)
         return Found(found if limit is None else found[:limit], len(found))
 
-    async def first(self, where: Mapping[str, Any], predicate: Predicate) -> Match | None:
+    async def first(self, where: Mapping[str, Any]) -> Match | None:
+        predicate = compile_where(where)
         first: Match | None = None
         for filter_ in self._filters.narrow(where) or ():
             # Most filters say all there is to say, so the first record is the match: ask for few.
@@ -88,9 +84,8 @@ class DirectReads:
                 break
         return first
 
-    async def first_sorted(
-        self, where: Mapping[str, Any], predicate: Predicate, sort: CollectionSort
-    ) -> Document | None:
+    async def first_sorted(self, where: Mapping[str, Any], sort: CollectionSort) -> Document | None:
+        predicate = compile_where(where)
         narrowed = self._filters.narrow(where)
         if narrowed is None:
             return None

@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 from parlant.adapters.db.transient import TransientDocumentDatabase
 from parlant.core.agents import AgentStore
 from parlant.core.context_variables import ContextVariableStore
@@ -25,7 +26,7 @@ from parlant.core.nlp.service import NLPService
 from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
-from pb_cached.config import Config, PocketBaseSettings, environment_is_silent, find_url
+from pb_cached.config import CoherenceSettings, Config, PocketBaseSettings, environment_is_silent, find_url
 from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, EmbeddedServerError
 from pb_cached.pocketbase.server import PocketBaseServer
@@ -131,6 +132,8 @@ async def open_stores(
                     f"and the embedded PocketBase cannot be used: {error}"
                 ) from error
             connection_params = server.connection_params
+            if settings.coherence.mode is None:  # nobody else knows where it is
+                settings = msgspec.structs.replace(settings, coherence=CoherenceSettings(mode="exclusive"))
 
         async def database(prefix: str) -> PocketBaseDocumentDatabase:
             return await stack.enter_async_context(

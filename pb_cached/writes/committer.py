@@ -11,10 +11,10 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from pb_cached.config import WriteSettings
-from pb_cached.errors import DocumentTooLarge, NotCommitted, PBCachedError
+from pb_cached.errors import DocumentTooLarge, NotCommitted, OutcomeUnknown, PBCachedError, RecordNotFound
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge
 from pb_cached.telemetry import Log
 
@@ -22,6 +22,22 @@ TRIM_EVERY: Final = 1000
 """Commits between two trims of the log."""
 
 Outcome = asyncio.Future[list[Reply]]
+
+
+class Follower(Protocol):
+    """Who must know what became of the operations on a collection, and know it before their callers do."""
+
+    def committed(self, operation: Operation, reply: Reply) -> None:
+        """PocketBase has committed it."""
+        ...
+
+    def gone(self, operation: Operation) -> None:
+        """It was refused, as its record does not exist (any more)."""
+        ...
+
+    def uncertain(self, operation: Operation) -> None:
+        """Nobody knows whether it was applied, or will be yet."""
+        ...
 
 
 class _Write:
@@ -48,7 +64,7 @@ class Committer:
     """The queue of one log, and the one task that empties it.
 
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
-    is something to do), `_closed`. All of it is changed between awaits only.
+    is something to do), `_closed`, `_followers`. All of it is changed between awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -60,6 +76,11 @@ class Committer:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._commits = 0
+        self._followers: dict[str, list[Follower]] = {}
+
+    def follow(self, collection: str, follower: Follower) -> None:
+        """Tell this follower what becomes of all operations on the collection."""
+        self._followers.setdefault(collection, []).append(follower)
 
     async def write(self, *operations: Operation) -> list[Reply]:
         """Commit these operations, all or none of them, and return PocketBase's replies in their order.
@@ -82,6 +103,16 @@ class Committer:
     async def flush(self) -> None:
         """Return when every write submitted so far is decided, one way or the other."""
         waiting = [write.outcome for write in (*self._current, *self._queue)]
+        if waiting:
+            await asyncio.wait(waiting)
+
+    async def settled(self, collection: str) -> None:
+        """Return when the commit under way, if it touches this collection, is decided."""
+        waiting = [
+            write.outcome
+            for write in self._current
+            if any(operation.collection == collection for operation in write.operations)
+        ]
         if waiting:
             await asyncio.wait(waiting)
 
@@ -152,8 +183,11 @@ class Committer:
         while writes:
             operations = [operation for write in writes for operation in write.operations]
             try:
-                replies = iter(await self._path.commit(operations, deadline=self._settings.deadline))
+                replies = await self._path.commit(operations, deadline=self._settings.deadline)
+                self._tell_committed(operations, replies)
             except Refused as refusal:
+                if isinstance(refusal.error, RecordNotFound):
+                    self._tell_gone(operations[refusal.index])
                 culprit = _owner(writes, refusal.index)
                 culprit.fail(refusal.error)
                 writes = [write for write in writes if write is not culprit]
@@ -169,18 +203,33 @@ class Committer:
                         f"PocketBase takes no request of about {writes[0].size:,} bytes; nothing written"
                     )
                 )
-            except PBCachedError as error:
-                for write in writes:
-                    write.fail(error)
             except Exception as error:
-                # A bug of ours or of a library must not leave callers waiting for ever.
-                self._log.error("commit failed unexpectedly", error=repr(error))
+                if not isinstance(error, PBCachedError):
+                    # A bug of ours or of a library must not leave callers waiting for ever.
+                    self._log.error("commit failed unexpectedly", error=repr(error))
+                if isinstance(error, OutcomeUnknown) or not isinstance(error, PBCachedError):
+                    self._tell_uncertain(operations)
                 for write in writes:
                     write.fail(error)
             else:
+                remaining = iter(replies)
                 for write in writes:
-                    write.succeed([next(replies) for _ in write.operations])
+                    write.succeed([next(remaining) for _ in write.operations])
             return
+
+    def _tell_committed(self, operations: Sequence[Operation], replies: Sequence[Reply]) -> None:
+        for operation, reply in zip(operations, replies, strict=True):
+            for follower in self._followers.get(operation.collection, ()):
+                follower.committed(operation, reply)
+
+    def _tell_gone(self, operation: Operation) -> None:
+        for follower in self._followers.get(operation.collection, ()):
+            follower.gone(operation)
+
+    def _tell_uncertain(self, operations: Sequence[Operation]) -> None:
+        for operation in operations:
+            for follower in self._followers.get(operation.collection, ()):
+                follower.uncertain(operation)
 
 
 def _owner(writes: Sequence[_Write], index: int) -> _Write:
