@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from lagom import Container
 from parlant.core.agents import AgentStore
@@ -30,6 +31,7 @@ from pb_cached.stores import (
     PocketBaseCustomerStore,
     PocketBaseSessionStore,
 )
+from tests.conftest import EXCLUSIVE
 from tests.parlant_server import RunningServer, Talk, parlant_server, sdk
 
 if TYPE_CHECKING:
@@ -41,13 +43,19 @@ Wiring = Callable[[PocketBaseServer, str], AbstractAsyncContextManager[dict[str,
 """From a PocketBase and a prefix to the arguments of `p.Server`."""
 
 
-def opened(pocketbase: PocketBaseServer, prefix: str) -> Any:
+def opened(
+    pocketbase: PocketBaseServer, prefix: str, http_client: httpx.AsyncClient | None = None, **sections: Any
+) -> Any:
     settings = StoreSettings(
         session_prefix=f"{prefix}_sessions",
         customer_prefix=f"{prefix}_customers",
         variable_prefix=f"{prefix}_variables",
     )
-    return open_stores(Config(stores=settings), connection_params=pocketbase.connection_params)
+    return open_stores(
+        Config(stores=settings, **sections),
+        connection_params=pocketbase.connection_params,
+        http_client=http_client,
+    )
 
 
 @asynccontextmanager
@@ -190,6 +198,42 @@ async def test_a_second_server_resumes_the_conversation(
         reply = await talk.ask("Did somebody find it?")
         assert "Turn 3." in reply
         assert "I lost my umbrella." in reply, "the agent has read the whole history"
+        assert await dense(talk)
+
+
+async def test_a_warm_turn_of_conversation_reads_nothing_from_pocketbase(
+    pocketbase: PocketBaseServer, prefix: str
+) -> None:
+    """Every read of an engine's turn, with five variables of which two have no value, is answered from memory."""
+    read: list[str] = []
+
+    async def note(request: httpx.Request) -> None:
+        if request.method == "GET" and "/records" in request.url.path:
+            read.append(str(request.url))
+
+    async with (
+        httpx.AsyncClient(event_hooks={"request": [note]}) as http,
+        opened(pocketbase, prefix, http_client=http, coherence=EXCLUSIVE) as stores,
+        parlant_server(with_a_tag, **stores.server_args()) as server,
+    ):
+        (vip,) = [tag for tag in await server.get("/tags") if tag["name"] == "vip"]
+        for number in range(5):
+            variable = await server.send(
+                "POST", "/context-variables", {"name": f"plan {number}", "tags": [vip["id"]]}
+            )
+            if number < 3:
+                path = f"/context-variables/{variable['id']}/DEFAULT"
+                await server.send("PUT", path, {"data": {"seat": number}})
+        talk = await begin(server, tags=[vip["id"]])
+        await talk.ask("I lost my umbrella.")
+        await settled(server, talk)
+        cold = len(read)
+        assert cold > 0
+        reply = await talk.ask("It is green.")
+        await talk.events(kinds="message,tool", min_offset=2)
+        await server.send("PATCH", f"/sessions/{talk.session}", {"title": "A green umbrella"})
+        assert "Turn 2." in reply
+        assert read[cold:] == []
         assert await dense(talk)
 
 
