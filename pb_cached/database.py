@@ -16,6 +16,7 @@ from typing import Any, Final, Generic, Self, cast
 from weakref import WeakValueDictionary
 
 import httpx
+import msgspec
 from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
 from parlant.core.persistence.document_database import (
     BaseDocument,
@@ -291,7 +292,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self.codec = codec
         self.reader = RecordReader(connection.client, connection.dialect, codec)
         self.filters = FilterWriter(codec.columns, connection.dialect)
-        self._spec = spec
+        self._spec = msgspec.structs.replace(spec, columns=codec.layout.declared)
         self._connection = connection
         self._committer = committer
         self._log = log
@@ -491,7 +492,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         try:
             return self.codec.document(self.codec.row(reply.record))
         except SchemaError:
-            await self._connection.schema.ensure(self._spec)
+            await self._connection.schema.ensure(self._spec, as_it_was=True)
         again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
         (reply,) = await self._committer.write(again)
         return self.codec.document(self.codec.row(reply.record))

@@ -155,7 +155,7 @@ class Migration:
             loaded = await self._load(row)
             if loaded is None:
                 writes.append(await self._set_aside(row))
-            elif loaded != self._codec.stored_document(row):
+            elif loaded != self._codec.document(row):
                 body = self._codec.encode_replacement(loaded)
                 writes.append([Operation("PATCH", self._codec.collection, row.id, body)])
         outcomes = await asyncio.gather(
@@ -166,7 +166,7 @@ class Migration:
                 raise outcome
 
     async def _load(self, row: Row) -> dict[str, Json] | None:
-        document = self._codec.stored_document(row)  # the loader's own, which it may change
+        document = self._codec.document(row)  # the loader's own, which it may change
         try:
             loaded = await self._loader(cast(BaseDocument, document))
             return None if loaded is None else snapshot(dict(loaded))
@@ -188,7 +188,7 @@ class Migration:
                 into=self._failures.collection,
             )
         record_id = new_id()
-        body, _ = self._failures.codec.encode(self._codec.stored_document(row), record_id)
+        body, _ = self._failures.codec.encode(self._codec.document(row), record_id)
         return [
             Operation("POST", self._failures.collection, record_id, body),
             Operation("DELETE", self._codec.collection, row.id),

@@ -96,6 +96,9 @@ class Dashboard:
     async def insert(self, name: str, record: dict[str, Any]) -> None:
         (await self._http.post(f"/api/collections/{name}/records", json=record)).raise_for_status()
 
+    async def update(self, name: str, record: str, change: dict[str, Any]) -> None:
+        (await self._http.patch(f"/api/collections/{name}/records/{record}", json=change)).raise_for_status()
+
     async def delete(self, name: str, record: str) -> None:
         (await self._http.delete(f"/api/collections/{name}/records/{record}")).raise_for_status()
 
@@ -239,7 +242,9 @@ async def test_a_new_field_adds_a_column_and_keeps_the_data(
         notes = await notes_of(newer, TaggedNote)
         tagged = {**note(2), "tag": "x", "score": 0.5}
         await notes.insert_one(tagged)
-        assert await notes.find_one({"id": {"$eq": "n1"}}) == {**note(), "tag": "", "score": 0}
+        assert await notes.find_one({"id": {"$eq": "n1"}}) == note()
+        assert await notes.find_one({"tag": {"$eq": ""}}) is None
+        assert await notes.find_one({"score": {"$lte": 0}}) is None
         assert await notes.find_one({"tag": {"$eq": "x"}}) == tagged
     assert {"tag", "score"} < await dashboard.columns(table)
 
@@ -251,10 +256,61 @@ async def test_a_field_that_is_no_longer_declared_keeps_its_column_and_its_data(
         await (await notes_of(newer, TaggedNote)).insert_one({**note(), "tag": "kept", "score": 0.5})
     async with make_database() as older:
         notes = await notes_of(older)
-        assert await notes.find_one({}) == note()
+        assert await notes.find_one({"tag": {"$eq": "kept"}}) == {**note(), "tag": "kept", "score": 0.5}
         await notes.update_one({}, cast(Note, {"stars": 5}))
     (record,) = await dashboard.records(table)
     assert (record["tag"], record["score"], record["stars"]) == ("kept", 0.5, 5)
+
+
+@pytest.mark.parametrize("newer_first", [True, False], ids=["the newer made the collection", "the older made it"])
+async def test_servers_with_different_fields_read_each_others_documents_as_they_are(
+    make_database: DatabaseMaker, newer_first: bool
+) -> None:
+    """As in a rolling upgrade: what a document lacks, it lacks for everybody."""
+    schemas = [TaggedNote, Note] if newer_first else [Note, TaggedNote]
+    async with httpx.AsyncClient() as http, make_database() as one, make_database(http_client=http) as other:
+        notes = [await notes_of(one, schemas[0]), await notes_of(other, schemas[1])]
+        if not newer_first:
+            notes.reverse()
+        newer, older = notes
+        await older.insert_one(note(1))
+        await newer.insert_one({**note(2), "tag": "", "score": 0.0})
+        await older.insert_one({**note(3), "tag": "undeclared"})
+        await newer.update_one({"id": {"$eq": "n1"}}, {"stars": 7})
+        await older.update_one({"id": {"$eq": "n2"}}, {"tag": "by the older one"})
+        expected = [note(1, stars=7), {**note(2), "tag": "by the older one", "score": 0.0},
+                    {**note(3), "tag": "undeclared"}]  # fmt: skip
+        assert (await newer.find({})).items == expected
+        if newer_first:  # else the older one does not know of the columns that came after it
+            assert (await older.find({})).items == expected
+
+
+async def test_a_column_that_others_have_added_is_none_of_ours(
+    notes: DocumentCollection[Note], make_database: DatabaseMaker, dashboard: Dashboard, table: str
+) -> None:
+    await notes.insert_one(note(1))
+    await dashboard.change(table, lambda collection: collection["fields"].append({"name": "mine", "type": "text"}))
+    async with httpx.AsyncClient() as http, make_database(http_client=http) as database:
+        other = await notes_of(database)
+        await other.insert_one(note(2))
+        assert (await other.find({})).items == [note(1), note(2)]
+    assert [record["extra"] for record in await dashboard.records(table)] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [("about", "typed by hand"), ("extra", "not json"), ("extra", '{"values":5}'), ("extra", '{"missing":[5]}')],
+)
+async def test_what_a_hand_has_spoilt_is_named(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str, column: str, text: str
+) -> None:
+    async with make_database() as database:
+        notes = await notes_of(database)
+        await notes.insert_one(note())
+        (record,) = await dashboard.records(table)
+        await dashboard.update(table, record["id"], {column: text})
+        with pytest.raises(SchemaError, match=f"column '{column}' of the record '{record['id']}'.*by hand"):
+            await notes.find({})
 
 
 async def test_a_column_removed_while_we_run_is_back_before_an_insert_is_acknowledged(
@@ -295,7 +351,7 @@ async def test_opening_brings_a_removed_column_back_and_says_so(
     heard = Heard()
     async with make_database(logger=heard) as database:
         found = await (await notes_of(database)).find_one({})
-    assert found == note(stars=0)
+    assert found == {field: value for field, value in note().items() if field != "stars"}
     assert any("lacks columns" in warning and "stars" in warning for warning in heard.warnings)
 
 

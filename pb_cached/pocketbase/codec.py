@@ -149,14 +149,12 @@ class RecordCodec:
     def __init__(self, collection: str, layout: Layout, max_document_bytes: int) -> None:
         self.collection = collection
         self.layout = layout
-        self.columns: Mapping[str, Column] = {
-            "id": Column("id", "doc_id", Kind.TEXT),
-            **{column.field: column for column in layout.declared},
-        }
+        id_ = Column("id", "doc_id", Kind.TEXT)
+        self._all = (id_, *layout.declared, *layout.undeclared)
+        self._demanded = ("id", *(column.field for column in layout.declared))
+        self.columns: Mapping[str, Column] = {column.field: column for column in self._all}
         self._max_bytes = max_document_bytes
-        self._declared = tuple(self.columns.values())
-        self._all = self._declared + layout.undeclared
-        self._positions = {column.field: position for position, column in enumerate(self._declared)}
+        self._positions = {column.field: position for position, column in enumerate(self._all)}
         row = _row_type(self._all)
         self._row = msgspec.json.Decoder(row)
         self._rows = msgspec.json.Decoder(list[row])  # type: ignore[valid-type]
@@ -169,11 +167,11 @@ class RecordCodec:
         Raises:
             InvalidDocument: names the keys that are missing.
         """
-        missing = [field for field in self.columns if field not in document]
+        missing = [field for field in self._demanded if field not in document]
         if missing:
             raise InvalidDocument(
                 f"collection '{self.collection}': the document misses the keys {named(missing)}; "
-                f"expected {named(tuple(self.columns), 30)}"
+                f"expected {named(self._demanded, 30)}"
             )
 
     def encode(self, document: Mapping[str, Any], record_id: str) -> tuple[bytes, dict[str, Json]]:
@@ -210,7 +208,7 @@ class RecordCodec:
     def encode_replacement(self, document: Mapping[str, Any]) -> bytes:
         """The body that makes a record hold this document and nothing else. Raises as `encode`."""
         copy = snapshot(document)
-        defaults = {column.name: column.kind.default for column in self._declared}
+        defaults = {column.name: column.kind.default for column in self._all}
         return self._sized(defaults | self._columns_of(copy) | {"rev+": 1}, copy)
 
     def _columns_of(self, copy: Mapping[str, Json]) -> dict[str, Json]:
@@ -221,7 +219,7 @@ class RecordCodec:
     def _whole(self, copy: Mapping[str, Json]) -> tuple[dict[str, Json], Extra]:
         columns, extra = self._images(copy)
         extra.missing = [
-            column.field for column in self._declared if column.field not in copy and column.kind is not Kind.JSON
+            column.field for column in self._all if column.field not in copy and column.kind is not Kind.JSON
         ]
         return columns, extra
 
@@ -276,31 +274,48 @@ class RecordCodec:
         )
 
     def document(self, row: Row) -> dict[str, Json]:
-        """The document that a row holds: new objects at each call."""
-        return self._document(row, self._declared)
+        """The document that a row holds, fields that this schema does not declare included: new objects at each
+        call.
 
-    def stored_document(self, row: Row) -> dict[str, Json]:
-        """The document with the fields that are no longer declared: what a migration starts from."""
-        return self._document(row, self._all)
+        Raises:
+            SchemaError: a hand has put into a column what we would not have; names record and column.
+        """
+        document: dict[str, Json] = {}
+        for position, column in enumerate(self._all):
+            held = getattr(row, f"c{position}")
+            if column.kind is not Kind.JSON:
+                document[column.field] = held
+            elif held:
+                document[column.field] = self._read(row, column.name, held)
+        if row.extra:
+            extra = self._extra_of(row)
+            for field in extra.missing:
+                document.pop(field, None)
+            document.update(extra.values)
+        return document
 
     def held(self, row: Row, field: str) -> Json:
         """What the column of a declared field holds: the value's image."""
         return getattr(row, f"c{self._positions[field]}")
 
-    def _document(self, row: Row, columns: Sequence[Column]) -> dict[str, Json]:
-        document: dict[str, Json] = {}
-        for position, column in enumerate(columns):
-            held = getattr(row, f"c{position}")
-            if column.kind is not Kind.JSON:
-                document[column.field] = held
-            elif held:
-                document[column.field] = loads(held)
-        if row.extra:
-            extra = _extra_of(row.extra)
-            for field in extra.missing:
-                document.pop(field, None)
-            document.update(extra.values)
-        return document
+    def _extra_of(self, row: Row) -> Extra:
+        found = self._read(row, "extra", row.extra)
+        try:
+            return msgspec.convert(found, Extra)
+        except msgspec.ValidationError:
+            raise self._misread(row, "extra") from None
+
+    def _read(self, row: Row, column: str, text: str) -> Json:
+        try:
+            return loads(text)
+        except (ValueError, RecursionError):
+            raise self._misread(row, column) from None
+
+    def _misread(self, row: Row, column: str) -> SchemaError:
+        return SchemaError(
+            f"collection '{self.collection}': the column '{column}' of the record '{row.id}' does not hold what "
+            "we write there; it was changed by hand. In PocketBase's dashboard, put JSON there, or empty it"
+        )
 
 
 def _row_type(columns: Sequence[Column]) -> type[Struct]:
@@ -317,12 +332,3 @@ def _extra_text(extra: Extra) -> str:
     if not extra.values and not extra.missing:
         return ""
     return dumps(msgspec.structs.asdict(extra)).decode()
-
-
-def _extra_of(text: str) -> Extra:
-    if not text:
-        return Extra(values={})
-    found = loads(text)
-    if not isinstance(found, dict):
-        raise SchemaError("the column 'extra' of a record was changed by hand and can no longer be read")
-    return Extra(values=dict(found.get("values", {})), missing=list(found.get("missing", [])))

@@ -1,9 +1,12 @@
 """Collections of ours: which columns and indexes hold a TypedDict's documents, and making sure that they exist.
 
 A column remembers what it is in its PocketBase field id (`json_metadata`, `text_session_id`): so a renamed
-column is recognised and given its name back with its data, and a column whose field a newer TypedDict no
-longer declares can still be read by a migration. Nothing is ever dropped, and a collection without our
+column is recognised and given its name back with its data, and a column whose field another TypedDict does
+not declare is still read and written as what it is. Nothing is ever dropped, and a collection without our
 columns is somebody else's.
+
+A column that is added later is of kind JSON, whatever its field's type: the documents that are there already do
+not have the field, and only in such a column an empty text says so.
 
 Changing a collection is read-modify-write in PocketBase, and concurrent changes lose each other's fields
 (facts: pocketbase, section 2). So servers take turns, by a record in the database's log that only one of them can
@@ -330,8 +333,12 @@ class SchemaEditor:
         self._refuse_foreign(found, spec)
         await self._client.call("DELETE", f"/api/collections/{spec.name}", repeatable=False)
 
-    async def ensure(self, spec: CollectionSpec) -> Layout:
+    async def ensure(self, spec: CollectionSpec, *, as_it_was: bool = False) -> Layout:
         """Create the collection, or add what it lacks. Safe when several servers do it at once.
+
+        Args:
+            as_it_was: the collection had all of these columns, and somebody has taken some away: they come back
+                with the kinds that `spec` says.
 
         Raises:
             ForeignCollection: the name belongs to a collection that is not ours.
@@ -348,7 +355,7 @@ class SchemaEditor:
                 self._refuse_foreign(found, spec)
                 if self._is_in_shape(found, spec):
                     return _layout(found, spec)
-                answer = await self._mend(spec, announce=round_ == 0)
+                answer = await self._mend(spec, as_it_was, announce=round_ == 0)
             if not answer.ok:
                 trouble = str(await self._client.rejection(answer, "last answer"))
         raise SchemaError(f"collection '{spec.name}' could not be brought into shape: {trouble}")
@@ -356,12 +363,12 @@ class SchemaEditor:
     def _is_in_shape(self, found: _Collection, spec: CollectionSpec) -> bool:
         return not (self._missing(found, spec) or _missing_indexes(found, spec) or found.is_open)
 
-    async def _mend(self, spec: CollectionSpec, *, announce: bool) -> Answer:
+    async def _mend(self, spec: CollectionSpec, as_it_was: bool, *, announce: bool) -> Answer:
         async with self._turn(spec):
             found = await self._read(spec.name)
             if found is None or self._is_in_shape(found, spec):
                 return Answer(200, b"")
-            missing = self._missing(found, spec)
+            missing = self._missing(found, spec, as_it_was)
             if announce and missing:
                 self._log.warning(
                     "collection lacks columns; adding them",
@@ -462,9 +469,18 @@ class SchemaEditor:
         older = self._dialect.family == "0.22"
         return [(name, type_) for name, type_ in spec.system if not (older and type_ == "autodate")]
 
-    def _missing(self, found: _Collection, spec: CollectionSpec) -> list[dict[str, Any]]:
+    def _missing(self, found: _Collection, spec: CollectionSpec, as_it_was: bool = False) -> list[dict[str, Any]]:
+        """The fields that the collection lacks. One that was renamed keeps its kind, by which it is known."""
         names = {field.name for field in found.columns}
-        return [field for field in self._fields(spec) if field["name"] not in names]
+        ids = {field.id for field in found.columns}
+        columns = [
+            column
+            if as_it_was or column.name in names
+            else next((kin for kin in _of_every_kind(column) if kin.field_id in ids), _added(column))
+            for column in spec.columns
+        ]
+        wanted = self._fields(msgspec.structs.replace(spec, columns=tuple(columns)))
+        return [field for field in wanted if field["name"] not in names]
 
     def _fields(self, spec: CollectionSpec) -> list[dict[str, Any]]:
         older = self._dialect.family == "0.22"
@@ -508,6 +524,15 @@ class SchemaEditor:
         return await self._client.send(method, path, body=msgspec.json.encode(change), repeatable=True)
 
 
+def _added(column: Column) -> Column:
+    """The column for a field whose collection has been without it."""
+    return msgspec.structs.replace(column, kind=Kind.JSON)
+
+
+def _of_every_kind(column: Column) -> list[Column]:
+    return [msgspec.structs.replace(column, kind=kind) for kind in Kind]
+
+
 def _owned(collection: str, owner: str) -> str:
     if not owner.isdigit():
         return "the log of a database's commits"
@@ -527,25 +552,24 @@ def _field(name: str, id_: str, type_: str, older: bool) -> dict[str, Any]:
 
 
 def _layout(found: _Collection, spec: CollectionSpec) -> Layout:
+    declared = {column.name: column for column in spec.columns}
     kinds: dict[str, Kind] = {}
-    ours = {name for name, _ in spec.system} | {"id", "created"}
-    fields = {column.name for column in spec.columns}
+    others: list[Column] = []
     for field in found.columns:
-        if field.name in fields and field.type not in ("text", "number", "bool"):
-            raise SchemaError(
-                f"column '{field.name}' of collection '{found.name}' is of PocketBase type '{field.type}', which "
-                "changes what it stores; rename it in the dashboard, and a proper one is added"
-            )
         marked = field.id.split("_", 1)[0]
-        if marked in Kind.__members__.values():
-            kinds[field.name] = Kind(marked)
-        elif field.type in ("text", "number", "bool"):
-            kinds[field.name] = Kind(field.type)
-    declared = tuple(
-        Column(column.field, column.name, kinds.get(column.name, column.kind)) for column in spec.columns
-    )
-    known = {column.name for column in declared} | ours
-    return Layout(
-        declared,
-        tuple(Column(field_name(name), name, kind) for name, kind in kinds.items() if name not in known),
-    )
+        kind = Kind(marked) if marked in Kind.__members__.values() else None
+        if field.name in declared:
+            if field.type not in ("text", "number", "bool"):
+                raise SchemaError(
+                    f"column '{field.name}' of collection '{found.name}' is of PocketBase type '{field.type}', "
+                    "which changes what it stores; rename it in the dashboard, and a proper one is added"
+                )
+            kinds[field.name] = kind or Kind(field.type)
+        elif kind is not None and field.id not in _system_ids(spec):  # what others have added is none of ours
+            others.append(Column(field_name(field.name), field.name, kind))
+    columns = tuple(msgspec.structs.replace(c, kind=kinds.get(c.name, c.kind)) for c in spec.columns)
+    return Layout(columns, tuple(others))
+
+
+def _system_ids(spec: CollectionSpec) -> set[str]:
+    return {f"{type_}_{name}" for name, type_ in spec.system}
