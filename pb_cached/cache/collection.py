@@ -23,7 +23,17 @@ from cachetools import TTLCache
 from msgspec import Struct
 
 from pb_cached.cache.memory import Memory
-from pb_cached.cache.partition import Entry, FactReader, Key, Partition
+from pb_cached.cache.partition import (
+    Entry,
+    FactReader,
+    Key,
+    Partition,
+    drop,
+    find,
+    highest,
+    partition_of,
+    put,
+)
 from pb_cached.cache.stats import CollectionStats
 
 REMEMBERED: Final = 100_000
@@ -202,7 +212,8 @@ class CollectionCache:
         """A record with this document, as a change or a read tells it."""
         id_ = document.get("id")
         key = self.key(*[document.get(field, ()) for field in self.rule.partition_by])
-        return State(record, rev, json, key, id_ if isinstance(id_, str) else None)
+        # A copy, as an encoder's own result may sit in a buffer half as large again.
+        return State(record, rev, bytes(memoryview(json)), key, id_ if isinstance(id_, str) else None)
 
     def may_keep(self, key: Key) -> bool:
         """Is this partition worth a load?"""
@@ -248,7 +259,8 @@ class CollectionCache:
     def _apply_known(self, change: State, at: Key) -> None:
         partition = self._memory.peek(at)
         assert partition is not None
-        entry = partition.entries[partition.index(change.record)]
+        entry = find(partition, change.record)
+        assert entry is not None
         if change.rev == entry.rev + 1:
             if change.key == at:
                 self._unlink_id(entry)
@@ -318,8 +330,7 @@ class CollectionCache:
         states = [reading.joined(record, found.get(record)) for record in found.keys() | reading.changes.keys()]
         mine = [state for state in states if state is not None and state.key == key]
         self.forget(key)
-        partition = Partition(key)
-        partition.fill([_entry(state) for state in mine], self.facts)
+        partition = partition_of(key, [_entry(state) for state in mine], self.facts)
         if len(mine) > self.rule.max_documents or not self._memory.fits(partition):
             self._avoided[key] = None
             return
@@ -329,7 +340,7 @@ class CollectionCache:
                 self._drop(state.record)
                 self._doubt(state.record, elsewhere)
                 reading.doubts.add(state.record)
-            self._link(state)
+            self._link(state, key)
         for record in reading.doubts:
             self._doubts.setdefault(key, set()).add(record)
         self.stats.bytes += partition.size
@@ -359,31 +370,31 @@ class CollectionCache:
         """Lay a record into its partition, where that is kept."""
         if state.key is None or (partition := self._memory.peek(state.key)) is None:
             return
-        before = partition.size
-        partition.put(_entry(state), self.facts)
-        self._link(state)
-        self.stats.bytes += partition.size - before
-        self._memory.resized(partition.size - before)
-        if len(partition.entries) > self.rule.max_documents or not self._memory.fits(partition):
+        after = put(partition, _entry(state), self.facts)
+        if len(after.entries) > self.rule.max_documents or not self._memory.fits(after):
             self._avoided[partition.key] = None
             self.forget(partition.key)
+            return
+        self._link(state, partition.key)
+        self._replace(partition, after)
 
     def _drop(self, record: str) -> None:
         """Take a record out of the partition that it is in."""
         key = self._records.pop(record, None)
         partition = self._memory.peek(key) if key is not None else None
-        if partition is None:
+        entry = find(partition, record) if partition is not None else None
+        if partition is None or entry is None:
             return
-        entry = partition.entries[partition.index(record)]
         self._unlink_id(entry)
-        before = partition.size
-        partition.drop(record)
-        self.stats.bytes += partition.size - before
-        self._memory.resized(partition.size - before)
+        self._replace(partition, drop(partition, record, self.facts))
 
-    def _link(self, state: State) -> None:
-        assert state.key is not None
-        self._records[state.record] = state.key
+    def _replace(self, before: Partition, after: Partition) -> None:
+        self.stats.bytes += after.size - before.size
+        self._memory.replace(before, after)
+
+    def _link(self, state: State, key: Key) -> None:
+        """Note where a record is. The key is the partition's own, so that there is one object of it."""
+        self._records[state.record] = key
         if self.rule.unique_ids and state.doc_id is not None:
             self._ids[state.doc_id] = state.record
 
@@ -419,11 +430,11 @@ class CollectionCache:
         if type(number) is not int:
             return
         holes = self._holes.get(partition.key, set())
-        highest = partition.highest(self.facts)
+        known = highest(partition, self.facts)
         if number in holes:
             holes.discard(number)
-        elif number > highest + 1:
-            holes |= set(range(highest + 1, min(number, highest + 1 + HOLES)))
+        elif number > known + 1:
+            holes |= set(range(known + 1, min(number, known + 1 + HOLES)))
         if holes:
             self._holes[partition.key] = holes
         else:

@@ -42,7 +42,12 @@ class Memory:
     def add(self, partition: Partition) -> None:
         """Keep a partition that fits; others may have to go for it."""
         self._partitions[partition.key] = partition
-        self.resized(partition.size)
+        self._grow(partition.size)
+
+    def replace(self, before: Partition, after: Partition) -> None:
+        """A partition has changed, which is no use of it. If it has grown, others may have to go; or itself."""
+        Cache.__setitem__(self._partitions, before.key, after)
+        self._grow(after.size - before.size)
 
     def remove(self, key: Key) -> Partition | None:
         partition = self._partitions.pop(key, None)
@@ -50,8 +55,7 @@ class Memory:
             self.bytes -= partition.size
         return partition
 
-    def resized(self, by: int) -> None:
-        """A partition has grown by so many bytes: others may have to go."""
+    def _grow(self, by: int) -> None:
         self.bytes += by
         while self.bytes > self.max_bytes:
             key, partition = self._partitions.popitem()

@@ -14,7 +14,7 @@ from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import CollectionSort
 
 from pb_cached.cache.collection import DELETED, CollectionCache, State
-from pb_cached.cache.partition import Entry, Key, Partition, decoded
+from pb_cached.cache.partition import Entry, Key, Partition, decoded, find, since
 from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.query import MOST_VALUES, keys_of, least_of, only_key, values_of
 from pb_cached.errors import SchemaError
@@ -208,7 +208,7 @@ class CachedReads:
         if (ids := self._ids(rest)) is not None:
             return self._by_ids(ids, (partition,), matches)
         least = least_of(rest, rule.sequence) if rule.sequence else None
-        return Candidates(partition.since(least, self.cache.facts), matches, partition.ordered, partition.rising)
+        return Candidates(since(partition, least, self.cache.facts), matches, partition.ordered, partition.rising)
 
     def _among(self, keys: Sequence[Key], where: Mapping[str, Any], matches: Predicate) -> Candidates | None:
         """The candidates of a query for these partitions; None where one of them is not at hand."""
@@ -224,7 +224,7 @@ class CachedReads:
         if len(partitions) == 1:
             (partition,) = partitions
             least = least_of(where, rule.sequence) if rule.sequence else None
-            entries = partition.since(least, self.cache.facts)
+            entries = since(partition, least, self.cache.facts)
             return Candidates(entries, matches, partition.ordered, partition.rising)
         entries = tuple(sorted((entry for partition in partitions for entry in partition.entries), key=_record))
         return Candidates(entries, matches, False, False)
@@ -235,7 +235,7 @@ class CachedReads:
             place = self.cache.place(id_)
             for partition in partitions:
                 if place is not None and place[0] == partition.key:
-                    entries.append(partition.entries[partition.index(place[1])])
+                    entries += [entry for entry in (find(partition, place[1]),) if entry is not None]
         entries.sort(key=_record)
         return Candidates(entries, matches, len(entries) < 2, False)
 
