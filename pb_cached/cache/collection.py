@@ -283,6 +283,14 @@ class CollectionCache:
         for reading in self._readings:
             reading.void = True
 
+    def distrust(self, key: Key) -> None:
+        """PocketBase holds something in this partition that the cache does not know of: the next reader loads it
+        anew, and does not make do with a load that began before."""
+        self.forget(key)
+        for reading in self._readings:
+            if reading.key == key:
+                reading.void = True
+
     def forget(self, key: Key) -> None:
         """Drop a partition. The next reader loads it anew."""
         partition = self._memory.remove(key)

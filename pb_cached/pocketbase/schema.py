@@ -23,7 +23,7 @@ import secrets
 import time
 import types
 import typing
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, NewType, get_args, get_origin
@@ -110,6 +110,11 @@ class IndexSpec(Struct, frozen=True):
         parts = "_".join(name + ("_desc" if descending else "") for name, descending in self.columns)
         return f"{'uidx' if self.unique else 'idx'}_{collection}__{parts}"
 
+    def is_among(self, names: Collection[str], collection: str) -> bool:
+        """Is there such an index, or one that is unique over the same columns, which serves as well?"""
+        stricter = msgspec.structs.replace(self, unique=True)
+        return self.name(collection) in names or stricter.name(collection) in names
+
     def sql(self, collection: str) -> str:
         parts = ", ".join(f"`{name}`" + (" DESC" if descending else "") for name, descending in self.columns)
         return (
@@ -146,12 +151,10 @@ class CollectionSpec(Struct, frozen=True):
         return None if self.owner == _LOG else f"{self.name[: int(self.owner)]}_log"
 
     @property
-    def needed_indexes(self) -> dict[str, str]:
-        """Every index that the collection must have, by name. The mark costs nothing: it covers no record."""
+    def mark_sql(self) -> str:
+        """The mark costs nothing: it covers no record."""
         counter = next(name for name, type_ in self.system if type_ == "number")
-        return {index.name(self.name): index.sql(self.name) for index in self.indexes} | {
-            self.mark: f"CREATE INDEX `{self.mark}` ON `{self.name}` (`{counter}`) WHERE `{counter}` < 0"
-        }
+        return f"CREATE INDEX `{self.mark}` ON `{self.name}` (`{counter}`) WHERE `{counter}` < 0"
 
 
 DOCUMENT_SYSTEM: Final = (("doc_id", "text"), ("extra", "text"), ("rev", "number"), ("updated", "autodate"))
@@ -289,13 +292,19 @@ _INDEX_NAME: Final = re.compile(
 )
 
 
+def _index_name(sql: str) -> str:
+    match = _INDEX_NAME.match(sql.strip())
+    return match[1] if match else ""
+
+
 def _index_names(collection: _Collection) -> set[str]:
-    return {match[1] for sql in collection.indexes if (match := _INDEX_NAME.match(sql.strip()))}
+    return {_index_name(sql) for sql in collection.indexes}
 
 
 def _missing_indexes(found: _Collection, spec: CollectionSpec) -> list[str]:
     present = _index_names(found)
-    return [sql for name, sql in spec.needed_indexes.items() if name not in present]
+    wanted = [index.sql(spec.name) for index in spec.indexes if not index.is_among(present, spec.name)]
+    return wanted if spec.mark in present else [*wanted, spec.mark_sql]
 
 
 class _Lock(Struct):
@@ -385,7 +394,7 @@ class SchemaEditor:
         found = await self._read(spec.name)
         present = _index_names(found) if found else ()
         for index in indexes:
-            if index.name(spec.name) not in present:
+            if not index.is_among(present, spec.name):
                 await self._ensure_index(spec, index)
 
     async def _ensure_index(self, spec: CollectionSpec, index: IndexSpec) -> None:
@@ -395,8 +404,12 @@ class SchemaEditor:
                 await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
             async with self._turn(spec):
                 found = await self._read(spec.name)
-                if found is None or index.name(spec.name) in _index_names(found):
+                if found is None or index.is_among(_index_names(found), spec.name):
                     return
+                # A unique one takes the place of the plain one over the same columns.
+                plain = msgspec.structs.replace(index, unique=False).name(spec.name)
+                kept = [sql for sql in found.indexes if _index_name(sql) != plain]
+                found = msgspec.structs.replace(found, indexes=kept)
                 answer = await self._amend(found, [], [index.sql(spec.name)], spec)
             if answer.status == 400 and b"indexes" in answer.content:
                 break
@@ -493,7 +506,7 @@ class SchemaEditor:
             "name": spec.name,
             "type": "base",
             fields: self._fields(spec),
-            "indexes": list(spec.needed_indexes.values()),
+            "indexes": [*(index.sql(spec.name) for index in spec.indexes), spec.mark_sql],
             **dict.fromkeys(_RULES),
         }
         answer = await self._client.send(

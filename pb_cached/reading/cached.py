@@ -145,18 +145,31 @@ class CachedReads:
         """The operation's record does not exist any more."""
         self.cache.apply(State(operation.record_id, DELETED))
 
+    def clashed(self, operation: Operation) -> None:
+        """Another record has what must be unique, and it may be one that the cache does not know of."""
+        for key in self._touched(operation) or ():
+            self.cache.distrust(key)
+
     def uncertain(self, operation: Operation) -> None:
         """Nobody knows whether this operation was applied, or will be yet."""
+        keys = self._touched(operation)
+        if keys is None:
+            self.cache.avoid(None)
+        for key in keys or ():
+            self.cache.avoid(key)
+
+    def _touched(self, operation: Operation) -> Sequence[Key] | None:
+        """The partitions that an operation changes; None where it may be any."""
         if operation.method == "POST":
             try:
-                self.cache.avoid(self.loader.state(self._codec.row(operation.body)).key)
+                key = self.loader.state(self._codec.row(operation.body)).key
             except SchemaError:
-                self.cache.avoid(None)
-            return
-        key = self.cache.key_of(operation.record_id)
-        self.cache.avoid(key)
-        if key is not None and operation.method == "PATCH" and not self._stays(operation, key):
-            self.cache.avoid(None)
+                return None
+        else:
+            key = self.cache.key_of(operation.record_id)
+            if key is not None and operation.method == "PATCH" and not self._stays(operation, key):
+                return None
+        return None if key is None else (key,)
 
     def _stays(self, operation: Operation, key: Key) -> bool:
         """Does a change leave its record in this partition?"""

@@ -14,6 +14,8 @@ from parlant.core.tags import TagId
 from pb_cached.stores.held import HoldsItsWrites, held
 from pb_cached.stores.ids import UniqueIds
 
+_of_customer = held("customer_id")
+
 
 class PocketBaseCustomerStore(HoldsItsWrites, CustomerDocumentStore):
     """Customers and their tags.
@@ -34,14 +36,14 @@ class PocketBaseCustomerStore(HoldsItsWrites, CustomerDocumentStore):
         super().__init__(UniqueIds(), database, allow_migration)
         self._stable_ids = IdGenerator() if ids == "stable" else None
 
-    update_customer = held(CustomerDocumentStore.update_customer)
-    delete_customer = held(CustomerDocumentStore.delete_customer)
-    upsert_tag = held(CustomerDocumentStore.upsert_tag)
-    remove_tag = held(CustomerDocumentStore.remove_tag)
-    upsert_extra = held(CustomerDocumentStore.upsert_extra)
-    remove_extra = held(CustomerDocumentStore.remove_extra)
+    update_customer = _of_customer(CustomerDocumentStore.update_customer)
+    delete_customer = _of_customer(CustomerDocumentStore.delete_customer)
+    upsert_tag = _of_customer(CustomerDocumentStore.upsert_tag)
+    remove_tag = _of_customer(CustomerDocumentStore.remove_tag)
+    upsert_extra = _of_customer(CustomerDocumentStore.upsert_extra)
+    remove_extra = _of_customer(CustomerDocumentStore.remove_extra)
 
-    @held
+    @held("id")
     async def create_customer(
         self,
         name: str,
@@ -55,14 +57,15 @@ class PocketBaseCustomerStore(HoldsItsWrites, CustomerDocumentStore):
         Raises:
             ValueError: a customer with this explicit `id` exists.
         """
-        async with self._lock.writer_lock:
-            if id is None and self._stable_ids is not None:
-                id, known = await self._stable_id(self._stable_ids, name, extra, tags)
-                if known:
-                    for tag in tags or ():
-                        await self.upsert_tag(id, tag)
-                    return await self.read_customer(id)
+        if id is not None or self._stable_ids is None:
             return await super().create_customer(name, extra, creation_utc, tags, id)
+        async with self._turn(("stable ids",)):  # what is looked for must not appear meanwhile
+            id, known = await self._stable_id(self._stable_ids, name, extra, tags)
+            if not known:
+                return await super().create_customer(name, extra, creation_utc, tags, id)
+            for tag in tags or ():
+                await self.upsert_tag(id, tag)
+            return await self.read_customer(id)
 
     async def _stable_id(
         self, ids: IdGenerator, name: str, extra: Mapping[str, str], tags: Sequence[TagId] | None

@@ -1,9 +1,15 @@
-"""Writes that are held by themselves, and not by their caller.
+"""Writes of a store that are held by themselves, and not by their caller; and take turns with few others.
 
-Parlant cancels a running turn whenever the customer writes again (facts: parlant, section 3). Its stores would
-then give up their lock while the write is still on its way to PocketBase, and the next writer would read the
-state from before it: two events with one offset. So each write of ours runs in a task of its own, which holds
-the store's lock until the write is decided; a cancelled caller only stops waiting for it.
+Parlant's stores take one lock each, which every write holds until PocketBase has committed it: a hundred sessions
+then write one after the other, and no two events ever share a commit. But a write rests on nothing but what it
+names, a session say, so here it takes turns with the writes of that session alone.
+
+Parlant also cancels a running turn whenever the customer writes again (facts: parlant, section 3). Its stores
+would then give up their lock while the write is still on its way to PocketBase, and the next writer would read the
+state from before it: two events with one offset. So each write of ours runs in a task of its own, which keeps its
+turn until the write is decided; a cancelled caller only stops waiting for it.
+
+Between servers a unique index decides: who comes too late reads again, and writes what follows from that.
 """
 
 from __future__ import annotations
@@ -11,10 +17,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import inspect
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
+from weakref import WeakValueDictionary
+
+import tenacity
+
+from pb_cached.errors import UniqueViolation
+
+RETRY_SECONDS: Final = 30.0
+"""How long a write is tried again that other servers were faster than, each time with what they left."""
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
@@ -24,12 +39,14 @@ _holder: ContextVar[object | None] = ContextVar("pb_cached_holder", default=None
 class HoldsItsWrites:
     """A store whose writes outlive their callers, and are waited for when the store closes.
 
-    Mutable state: `_writes`, the tasks under way.
+    Mutable state: `_writes`, the tasks under way; `_turns`, the locks that somebody has or waits for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._lock: Any = _NoLock()  # Parlant's own, over the whole store
         self._writes: set[asyncio.Task[Any]] = set()
+        self._turns: WeakValueDictionary[tuple[str, ...], asyncio.Lock] = WeakValueDictionary()
 
     async def __aexit__(
         self,
@@ -40,27 +57,73 @@ class HoldsItsWrites:
         while self._writes:
             await asyncio.wait(self._writes)
 
+    def _turn(self, of: tuple[str, ...]) -> asyncio.Lock:
+        lock = self._turns.get(of)
+        if lock is None:
+            lock = self._turns[of] = asyncio.Lock()
+        return lock
 
-def held(method: Method) -> Method:
-    """Make a store's method one whose writes are held by themselves."""
 
-    @wraps(method)
-    async def write(self: HoldsItsWrites, *args: Any, **kwargs: Any) -> Any:
-        if _holder.get() is self:  # one write calls another: it is inside the lock already
-            return await method(self, *args, **kwargs)
+def held(*by: str) -> Callable[[Method], Method]:
+    """Make a store's method one whose writes are held by themselves.
 
-        # A cancelled caller may change its objects before they are written. What cannot be copied is no JSON, or
-        # nested out of all proportion: the encoder says so.
-        with contextlib.suppress(TypeError, RecursionError):
-            args, kwargs = copy.deepcopy((args, kwargs))
+    Args:
+        by: the parameters that name what the method changes: it takes turns with all methods held by as many
+            parameters of the same values. None: with nobody.
+    """
 
-        async def hold() -> Any:
-            _holder.set(self)
-            return await method(self, *args, **kwargs)
+    def decorate(method: Method) -> Method:
+        places = [list(inspect.signature(method).parameters).index(name) - 1 for name in by]
 
-        task = asyncio.create_task(hold())
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
-        return await asyncio.shield(task)
+        def named_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+            values = [
+                args[place] if place < len(args) else kwargs.get(name)
+                for name, place in zip(by, places, strict=True)
+            ]
+            return tuple(str(value) for value in values if value is not None)
 
-    return cast(Method, write)
+        @wraps(method)
+        async def write(self: HoldsItsWrites, *args: Any, **kwargs: Any) -> Any:
+            if _holder.get() is self:  # one write calls another, within its own turn
+                return await method(self, *args, **kwargs)
+
+            # A cancelled caller may change its objects before they are written. What cannot be copied is no JSON,
+            # or nested out of all proportion: the encoder says so.
+            with contextlib.suppress(TypeError, RecursionError):
+                args, kwargs = copy.deepcopy((args, kwargs))
+
+            async def hold() -> Any:
+                _holder.set(self)
+                names = named_by(args, kwargs)
+                async with self._turn(names) if names else contextlib.nullcontext():
+                    return await _attempts()(method, self, *args, **kwargs)
+
+            task = asyncio.create_task(hold())
+            self._writes.add(task)
+            task.add_done_callback(self._writes.discard)
+            return await asyncio.shield(task)
+
+        return cast(Method, write)
+
+    return decorate
+
+
+def _attempts() -> tenacity.AsyncRetrying:
+    return tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(UniqueViolation),
+        wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.25),
+        stop=tenacity.stop_after_delay(RETRY_SECONDS),
+        reraise=True,
+    )
+
+
+class _NoLock:
+    """In the place of a store's lock: lets everybody in."""
+
+    @property
+    def reader_lock(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+    @property
+    def writer_lock(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()

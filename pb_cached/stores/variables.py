@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Final, Self
 
 from parlant.core.common import IdGenerator, md5_checksum
 from parlant.core.context_variables import (
@@ -11,12 +12,20 @@ from parlant.core.context_variables import (
     ContextVariableDocumentStore,
     ContextVariableId,
 )
-from parlant.core.persistence.document_database import DocumentDatabase
+from parlant.core.persistence.common import SortDirection
+from parlant.core.persistence.document_database import CollectionIndex, DocumentDatabase
 from parlant.core.tags import TagId
 from parlant.core.tools import ToolId
+from typing_extensions import override
 
 from pb_cached.stores.held import HoldsItsWrites, held
 from pb_cached.stores.ids import UniqueIds
+
+_VALUES: Final = CollectionIndex(
+    fields=(("variable_id", SortDirection.ASC), ("key", SortDirection.ASC)), unique=True
+)
+_of_variable = held("variable_id")
+_of_value = held("variable_id", "key")
 
 
 class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStore):
@@ -33,14 +42,20 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
         super().__init__(UniqueIds(), database, allow_migration)
         self._defined: set[ContextVariableId] = set()
 
-    update_variable = held(ContextVariableDocumentStore.update_variable)
-    delete_variable = held(ContextVariableDocumentStore.delete_variable)
-    update_value = held(ContextVariableDocumentStore.update_value)
-    delete_value = held(ContextVariableDocumentStore.delete_value)
-    add_variable_tag = held(ContextVariableDocumentStore.add_variable_tag)
-    remove_variable_tag = held(ContextVariableDocumentStore.remove_variable_tag)
+    update_variable = _of_variable(ContextVariableDocumentStore.update_variable)
+    delete_variable = _of_variable(ContextVariableDocumentStore.delete_variable)
+    update_value = _of_value(ContextVariableDocumentStore.update_value)
+    delete_value = _of_value(ContextVariableDocumentStore.delete_value)
+    add_variable_tag = _of_variable(ContextVariableDocumentStore.add_variable_tag)
+    remove_variable_tag = _of_variable(ContextVariableDocumentStore.remove_variable_tag)
 
-    @held
+    @override
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        await self._value_collection.ensure_indexes([_VALUES])
+        return self
+
+    @held()
     async def create_variable(
         self,
         name: str,
@@ -55,7 +70,7 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
         What was changed about it since, its description say, stays changed. Tags that it lacks are added.
         """
         checksum = md5_checksum(f"{name}{description}{tool_id}{freshness_rules}{tags}")
-        async with self._lock.writer_lock:
+        async with self._turn(("definitions",)):
             ids = IdGenerator()  # a new one begins with the first id of this definition
             while True:
                 id_ = ContextVariableId(ids.generate(checksum))

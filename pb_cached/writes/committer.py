@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from pb_cached.config import WriteSettings
-from pb_cached.errors import DocumentTooLarge, NotCommitted, OutcomeUnknown, PBCachedError, RecordNotFound
+from pb_cached.errors import (
+    DocumentTooLarge,
+    NotCommitted,
+    OutcomeUnknown,
+    PBCachedError,
+    RecordNotFound,
+    RequestRejected,
+    UniqueViolation,
+)
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge
 from pb_cached.telemetry import Log
 
@@ -33,6 +41,10 @@ class Follower(Protocol):
 
     def gone(self, operation: Operation) -> None:
         """It was refused, as its record does not exist (any more)."""
+        ...
+
+    def clashed(self, operation: Operation) -> None:
+        """It was refused, as another record has what must be unique."""
         ...
 
     def uncertain(self, operation: Operation) -> None:
@@ -186,8 +198,7 @@ class Committer:
                 replies = await self._path.commit(operations, deadline=self._settings.deadline)
                 self._tell_committed(operations, replies)
             except Refused as refusal:
-                if isinstance(refusal.error, RecordNotFound):
-                    self._tell_gone(operations[refusal.index])
+                self._tell_refused(operations[refusal.index], refusal.error)
                 culprit = _owner(writes, refusal.index)
                 culprit.fail(refusal.error)
                 writes = [write for write in writes if write is not culprit]
@@ -222,9 +233,12 @@ class Committer:
             for follower in self._followers.get(operation.collection, ()):
                 follower.committed(operation, reply)
 
-    def _tell_gone(self, operation: Operation) -> None:
+    def _tell_refused(self, operation: Operation, error: RequestRejected) -> None:
         for follower in self._followers.get(operation.collection, ()):
-            follower.gone(operation)
+            if isinstance(error, RecordNotFound):
+                follower.gone(operation)
+            elif isinstance(error, UniqueViolation):
+                follower.clashed(operation)
 
     def _tell_uncertain(self, operations: Sequence[Operation]) -> None:
         for operation in operations:

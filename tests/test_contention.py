@@ -1,0 +1,241 @@
+"""Stores under contention: writes take turns with those that they rest on and with no others, in one server by
+locks and among several by unique indexes (design: sections 6 and 7)."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from parlant.core.agents import AgentId
+from parlant.core.customers import CustomerId
+from parlant.core.persistence.document_database import identity_loader_for
+from parlant.core.sessions import EventKind, EventSource, Session, _EventDocument
+
+from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
+from pb_cached.config import CoherenceSettings, StoreSettings
+from pb_cached.stores import Stores
+from tests.conftest import EXCLUSIVE
+from tests.faults import FaultProxy, Gate
+
+BATCH = "/api/batch"
+
+OpenServer = Callable[..., AbstractAsyncContextManager[Stores]]
+
+
+@pytest_asyncio.fixture
+async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy(pocketbase.url) as opened:
+        yield opened
+
+
+def prefixes(prefix: str) -> StoreSettings:
+    return StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
+
+
+@pytest_asyncio.fixture
+async def open_server(proxy: FaultProxy, pocketbase: PocketBaseServer, prefix: str) -> AsyncIterator[OpenServer]:
+    """Opens the stores as one more server does: with a connection, a queue and a cache of its own."""
+    async with AsyncExitStack() as stack:
+
+        def open_them(coherence: CoherenceSettings = EXCLUSIVE) -> AbstractAsyncContextManager[Stores]:
+            http = httpx.AsyncClient(timeout=30)
+            stack.push_async_callback(http.aclose)
+            return open_stores(
+                Config(stores=prefixes(prefix), coherence=coherence),
+                connection_params=pocketbase.connection_params | {"url": proxy.url},
+                http_client=http,
+            )
+
+        yield open_them
+
+
+@pytest_asyncio.fixture
+async def stores(open_server: OpenServer) -> AsyncIterator[Stores]:
+    async with open_server() as opened:
+        yield opened
+
+
+async def begin(stores: Stores) -> Session:
+    return await stores.session_store.create_session(CustomerId("ida"), AgentId("robin"))
+
+
+async def say(stores: Stores, session: Session, data: Any = "hello") -> int:
+    event = await stores.session_store.create_event(
+        session.id, EventSource.CUSTOMER, EventKind.MESSAGE, "trace", data
+    )
+    return event.offset
+
+
+async def offsets(stores: Stores, session: Session) -> list[int]:
+    """In the order of their numbers; a session lists its events by the clocks of the servers that made them."""
+    return sorted(event.offset for event in await stores.session_store.list_events(session.id))
+
+
+# --- one server ------------------------------------------------------------------------------------------------
+
+
+async def test_sessions_share_commits(stores: Stores, proxy: FaultProxy) -> None:
+    sessions = [await begin(stores) for _ in range(60)]
+    await asyncio.gather(*(say(stores, session) for session in sessions))
+    before = proxy.count("POST", BATCH)
+    await asyncio.gather(*(say(stores, session) for session in sessions for _ in range(3)))
+    assert proxy.count("POST", BATCH) - before <= 8, "180 events of 60 sessions: about 3 commits"
+    for session in sessions:
+        assert await offsets(stores, session) == [0, 1, 2, 3]
+
+
+async def test_customers_and_values_share_commits(stores: Stores, proxy: FaultProxy) -> None:
+    customers = [await stores.customer_store.create_customer(f"customer {n}") for n in range(40)]
+    variable = await stores.variable_store.create_variable("plan")
+    before = proxy.count("POST", BATCH)
+    await asyncio.gather(
+        *(stores.customer_store.upsert_extra(customer.id, {"city": "Lindau"}) for customer in customers),
+        *(stores.variable_store.update_value(variable.id, customer.id, {"seat": 61}) for customer in customers),
+    )
+    assert proxy.count("POST", BATCH) - before <= 8
+    assert len(await stores.variable_store.list_values(variable.id)) == 40
+
+
+async def test_reads_do_not_wait_for_writes(stores: Stores, proxy: FaultProxy) -> None:
+    session, other = await begin(stores), await begin(stores)
+    await say(stores, session), await say(stores, other)
+    gate = Gate()
+    proxy.plan("POST", BATCH, gate)
+    writing = asyncio.create_task(say(stores, session))
+    await gate.reached.wait()
+    async with asyncio.timeout(1):
+        assert await offsets(stores, other) == await offsets(stores, session) == [0]
+        assert (await stores.session_store.read_session(session.id)).id == session.id
+    gate.open()
+    assert await writing == 1
+
+
+async def test_locks_are_kept_for_no_longer_than_they_are_needed(stores: Stores) -> None:
+    for _ in range(20):
+        await say(stores, await begin(stores))
+    gc.collect()
+    assert len(stores.session_store._turns) == 0
+
+
+# --- several servers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_servers_that_write_to_the_same_sessions_leave_offsets_dense_and_unique(
+    open_server: OpenServer,
+) -> None:
+    off = CoherenceSettings(mode="off")
+    async with open_server(off) as one, open_server(off) as other:
+        sessions = [await begin(one) for _ in range(4)]
+        written = await asyncio.gather(
+            *(say(server, session, n) for n in range(15) for session in sessions for server in (one, other))
+        )
+        for number, session in enumerate(sessions):
+            assert await offsets(one, session) == list(range(30))
+            mine = [offset for at, offset in enumerate(written) if at // 2 % len(sessions) == number]
+            assert sorted(mine) == list(range(30)), "each writer was told the offset that its event has"
+
+
+async def test_a_server_that_is_not_as_alone_as_it_believes_catches_up_when_it_clashes(
+    open_server: OpenServer,
+) -> None:
+    async with open_server() as believer, open_server() as other:
+        session = await begin(believer)
+        assert await say(believer, session) == 0
+        assert await say(other, session) == 1
+        assert await say(believer, session) == 2
+        assert await offsets(believer, session) == [0, 1, 2]
+
+
+async def test_a_value_that_two_servers_set_at_once_is_one_value(open_server: OpenServer) -> None:
+    off = CoherenceSettings(mode="off")
+    async with open_server(off) as one, open_server(off) as other:
+        variable = await one.variable_store.create_variable("plan")
+        await asyncio.gather(
+            *(
+                server.variable_store.update_value(variable.id, "ida", n)
+                for n in range(5)
+                for server in (one, other)
+            )
+        )
+        ((key, _),) = await one.variable_store.list_values(variable.id)
+        assert key == "ida"
+
+
+async def test_events_that_share_an_offset_already_are_no_reason_to_stop(
+    open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str
+) -> None:
+    """As an adapter without a unique index left them."""
+    async with PocketBaseDocumentDatabase(
+        None, pocketbase.connection_params, collection_prefix=f"{prefix}_sessions", config=Config()
+    ) as database:
+        loader = identity_loader_for(_EventDocument)
+        events = await database.get_or_create_collection("events", _EventDocument, loader)
+        for id_ in ("a", "b"):
+            document = {
+                "id": id_, "version": "0.9.0", "creation_utc": "2026", "session_id": "s", "source": "customer",
+                "kind": "message", "offset": 0, "trace_id": "", "data": id_, "metadata": None, "deleted": False,
+            }  # fmt: skip
+            await events.insert_one(document)  # type: ignore[arg-type]
+    async with open_server() as stores:
+        session = await begin(stores)
+        assert [await say(stores, session), await say(stores, session)] == [0, 1]
+
+
+WRITER = textwrap.dedent(
+    """
+    import asyncio, sys
+    from parlant.core.sessions import EventKind, EventSource
+    from pb_cached import Config, open_stores
+    from pb_cached.config import StoreSettings
+
+    async def main(url, token, prefix, count, sessions):
+        stores = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
+        params = {"url": url, "admin_token": token}
+        async with open_stores(Config(stores=stores), connection_params=params) as opened:
+            print("ready", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+            async def write(session):
+                for number in range(count):
+                    await opened.session_store.create_event(
+                        session, EventSource.CUSTOMER, EventKind.MESSAGE, "trace", number
+                    )
+            await asyncio.gather(*map(write, sessions))
+
+    asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5:]))
+    """
+)
+
+
+@pytest.mark.slow
+async def test_two_processes_at_full_speed_lose_nothing_and_share_no_offset(
+    open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str
+) -> None:
+    count = 60
+    async with open_server(CoherenceSettings(mode="off")) as stores:
+        sessions = [await begin(stores) for _ in range(5)]
+        processes = [
+            await asyncio.create_subprocess_exec(
+                sys.executable, "-c", WRITER, pocketbase.url, pocketbase.connection_params["admin_token"], prefix,
+                str(count), *(session.id for session in sessions),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        for process in processes:
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"ready\n"
+        outcomes = await asyncio.wait_for(
+            asyncio.gather(*(process.communicate(b"\n") for process in processes)), timeout=120
+        )
+        assert [process.returncode for process in processes] == [0, 0], outcomes
+        for session in sessions:
+            assert await offsets(stores, session) == list(range(2 * count))
