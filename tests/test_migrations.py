@@ -16,6 +16,7 @@ from typing import Any, TypedDict, cast
 import httpx
 import msgspec
 import pytest
+import pytest_asyncio
 from parlant.core.common import Version
 from parlant.core.customers import CustomerId
 from parlant.core.persistence.common import MigrationRequired, ObjectId
@@ -24,6 +25,7 @@ from parlant.core.sessions import EventKind, EventSource, SessionId
 from parlant.core.tags import TagId
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
+from pb_cached.errors import DocumentTooLarge, InvalidDocument, OutcomeUnknown, PocketBaseUnavailable
 from pb_cached.pocketbase.ids import new_id
 from pb_cached.stores import PocketBaseCustomerStore, Stores
 from tests.conftest import DatabaseMaker
@@ -48,6 +50,21 @@ class Note(TypedDict, total=False):
     creation_utc: str
     version: Version.String
     text: str | None
+
+
+class UnversionedNote(TypedDict, total=False):
+    id: ObjectId
+    creation_utc: str
+    title: str
+
+
+class OptionalVersion(TypedDict, total=False):
+    id: ObjectId
+    version: str | None
+
+
+class TitledNote(Note, total=False):
+    title: str
 
 
 class Notes:
@@ -94,16 +111,20 @@ async def older_server_wrote(
 
 
 async def opened(
-    database: PocketBaseDocumentDatabase, loader: Callable[[BaseDocument], Awaitable[Any]]
+    database: PocketBaseDocumentDatabase,
+    loader: Callable[[BaseDocument], Awaitable[Any]],
+    schema: Any = Note,
 ) -> list[Any]:
-    notes = await database.get_or_create_collection("notes", Note, loader)
+    notes = await database.get_or_create_collection("notes", schema, loader)
     return list((await notes.find({})).items)
 
 
-async def open_with(make_database: DatabaseMaker, loader: Callable[[BaseDocument], Awaitable[Any]]) -> list[Any]:
+async def open_with(
+    make_database: DatabaseMaker, loader: Callable[[BaseDocument], Awaitable[Any]], schema: Any = Note
+) -> list[Any]:
     """The documents that a server finds which opens the collection with this loader."""
     async with make_database() as database:
-        return await opened(database, loader)
+        return await opened(database, loader, schema)
 
 
 async def set_aside(make_database: DatabaseMaker) -> list[dict[str, Any]]:
@@ -112,9 +133,21 @@ async def set_aside(make_database: DatabaseMaker) -> list[dict[str, Any]]:
         return cast(list[dict[str, Any]], list((await failed.find({})).items))
 
 
+@pytest_asyncio.fixture(params=["text", "JSON"])
+async def version_column(request: pytest.FixtureRequest, make_database: DatabaseMaker) -> None:
+    """Makes the collection first, with a column for the version that is of this kind from then on."""
+    schema: Any = OldNote if request.param == "text" else OptionalVersion
+    async with make_database() as database:
+        await database.create_collection("notes", schema)
+
+
+in_columns_of_each_kind = pytest.mark.usefixtures("version_column")
+
+
 # --- which documents, and when --------------------------------------------------------------------------------
 
 
+@in_columns_of_each_kind
 async def test_only_older_documents_are_migrated(make_database: DatabaseMaker) -> None:
     await older_server_wrote(make_database, [old_note(n) for n in range(5)])
     await older_server_wrote(make_database, [{**migrated(old_note(n)), "text": "own"} for n in range(5, 8)], Note)
@@ -131,6 +164,7 @@ async def test_only_older_documents_are_migrated(make_database: DatabaseMaker) -
     assert await set_aside(make_database) == []
 
 
+@in_columns_of_each_kind
 async def test_versions_are_compared_as_versions_not_as_text(make_database: DatabaseMaker) -> None:
     """As text, "10.0.0" comes before "2.0.0"."""
     newer = [
@@ -142,6 +176,7 @@ async def test_versions_are_compared_as_versions_not_as_text(make_database: Data
     assert store.loaded == []
 
 
+@in_columns_of_each_kind
 async def test_a_second_opening_loads_nothing(make_database: DatabaseMaker) -> None:
     await older_server_wrote(make_database, [old_note(n) for n in range(5)])
     first, second = Notes(), Notes()
@@ -166,6 +201,7 @@ async def test_fields_that_a_newer_schema_dropped_reach_the_loader(make_database
     assert seen == [old]
 
 
+@in_columns_of_each_kind
 async def test_a_loader_without_a_store_settles_by_what_it_does(make_database: DatabaseMaker) -> None:
     """Its own version is the one that it brings documents to, and what is newer than that is left alone."""
     calls: list[str] = []
@@ -188,6 +224,7 @@ async def test_a_loader_without_a_store_settles_by_what_it_does(make_database: D
     assert len(calls) == 2  # one sample of each version
 
 
+@in_columns_of_each_kind
 async def test_a_loader_that_makes_every_document_anew_settles(make_database: DatabaseMaker) -> None:
     """What it leaves out, a column that the schema no longer has, does not make its document an older one."""
     calls: list[str] = []
@@ -202,6 +239,20 @@ async def test_a_loader_that_makes_every_document_anew_settles(make_database: Da
     calls.clear()
     await open_with(make_database, load)
     assert len(calls) == 1
+
+
+async def test_documents_that_are_older_than_the_column_for_their_version_go_by_it_all_the_same(
+    make_database: DatabaseMaker,
+) -> None:
+    documents = [old_note(n, version=f"{n}.0.0") for n in range(4)]
+    await older_server_wrote(make_database, documents, UnversionedNote)
+    store, next_one = Notes(), Notes()
+    expected = [migrated(documents[1]), *documents[2:]]
+    assert await open_with(make_database, store.load, TitledNote) == expected
+    assert store.loaded == ["n0000", "n0001"]
+    assert await open_with(make_database, next_one.load, TitledNote) == expected
+    assert next_one.loaded == []
+    assert await set_aside(make_database) == documents[:1]
 
 
 # --- what cannot be migrated --------------------------------------------------------------------------------
@@ -252,6 +303,7 @@ async def test_what_cannot_be_migrated_is_set_aside_whole_and_the_rest_is_migrat
         assert await set_aside(make_database) == documents[::2]
 
 
+@in_columns_of_each_kind
 async def test_documents_of_no_version_are_set_aside(make_database: DatabaseMaker) -> None:
     strange = ["", "3.0", "latest", "1.0.0\x00", "2.0.0\x00", None, 7]
     documents = [{**old_note(n), "version": version} for n, version in enumerate(strange)]
@@ -266,6 +318,61 @@ async def test_setting_aside_is_no_reason_to_lose_what_was_set_aside_before(make
         await older_server_wrote(make_database, [old_note(number, version="0.1.0")])
         assert await open_with(make_database, Notes().load) == []
     assert await set_aside(make_database) == [old_note(1, version="0.1.0"), old_note(2, version="0.1.0")]
+
+
+class Stumbling(Notes):
+    """Raises an error at some documents."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    async def load(self, document: BaseDocument) -> Note | None:
+        if document["id"] in ("n0000", "n0010", "n0049"):
+            raise self._error
+        return await super().load(document)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PocketBaseUnavailable("not there"),
+        OutcomeUnknown("no answer"),
+        TimeoutError(),
+        ConnectionResetError(),
+        httpx.ConnectError("no route"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("of_a_store", [True, False], ids=["a store's", "nobody's"])
+async def test_an_error_that_no_document_is_to_blame_for_ends_the_opening_and_sets_nothing_aside(
+    make_database: DatabaseMaker, error: Exception, of_a_store: bool
+) -> None:
+    await older_server_wrote(make_database, [old_note(n) for n in range(50)])
+    stumbling = Stumbling(error)
+
+    async def load(document: BaseDocument) -> Note | None:
+        return await stumbling.load(document)
+
+    with pytest.raises(type(error)) as raised:
+        await open_with(make_database, stumbling.load if of_a_store else load)
+    assert raised.value is error
+    assert any("were being migrated" in note for note in raised.value.__notes__)
+    assert await set_aside(make_database) == []
+    assert await open_with(make_database, Notes().load) == [migrated(old_note(n)) for n in range(50)]
+    assert await set_aside(make_database) == []
+
+
+@pytest.mark.parametrize("error", [InvalidDocument("not JSON"), DocumentTooLarge("too large")], ids=repr)
+async def test_an_error_of_ours_that_a_document_is_to_blame_for_sets_it_aside(
+    make_database: DatabaseMaker, error: Exception
+) -> None:
+    documents = [old_note(n) for n in range(50)]
+    await older_server_wrote(make_database, documents)
+    found = await open_with(make_database, Stumbling(error).load)
+    stumbled = [documents[n] for n in (0, 10, 49)]
+    assert found == [migrated(document) for document in documents if document not in stumbled]
+    assert await set_aside(make_database) == stumbled
 
 
 # --- interrupted, and together ------------------------------------------------------------------------------
