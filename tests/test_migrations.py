@@ -522,9 +522,11 @@ async def test_sessions_and_events_of_every_older_parlant_are_read(
             make_database, of_sessions, events=event(version, number), sessions=session(version)
         )
     params = pocketbase.connection_params
-    with pytest.raises(MigrationRequired):
+    with pytest.raises(MigrationRequired) as required:
         async with open_stores(config_for(prefix, migrate=False), connection_params=params):
             pass
+    assert str(required.value).startswith("Migration required for PocketBaseSessionStore.")
+    assert "`migrate = true` under [stores]" in str(required.value)
     for _ in range(2):
         async with open_stores(config_for(prefix), connection_params=params) as stores:
             events = await stores.session_store.list_events(

@@ -23,6 +23,7 @@ from parlant.core.emission.event_publisher import EventPublisherFactory
 from parlant.core.emissions import EventEmitterFactory
 from parlant.core.loggers import Logger
 from parlant.core.nlp.service import NLPService
+from parlant.core.persistence.common import MigrationRequired
 from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
@@ -151,7 +152,13 @@ async def open_stores(
         customers = PocketBaseCustomerStore(await database(of.customer_prefix), of.migrate, ids=of.customer_ids)
         variables = PocketBaseContextVariableStore(await database(of.variable_prefix), of.migrate)
         for store in (sessions, customers, variables):
-            await stack.enter_async_context(store)
+            try:
+                await stack.enter_async_context(store)
+            except MigrationRequired as error:
+                raise MigrationRequired(
+                    f"{error} An older Parlant wrote its data: set `migrate = true` under [stores] to have it "
+                    "brought up to date. Servers with the older Parlant cannot open it afterwards"
+                ) from error
         yield Stores(sessions, customers, variables, stack)
 
 
