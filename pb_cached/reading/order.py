@@ -23,6 +23,8 @@ def after(filters: Where, cursor: Cursor | None, descending: bool) -> dict[str, 
         return cast(dict[str, Any], filters)
     strictly, within = ("$lt", "$lte") if descending else ("$gt", "$gte")
     at, id_ = str(cursor.creation_utc), str(cursor.id)
+    if not at and not descending:  # what has no time comes first, and no comparison of times finds it
+        return {"$and": [filters, {"$or": [{"creation_utc": {"$gt": ""}}, {"id": {"$gt": id_}}]}]}
     return {
         "$and": [
             filters,
