@@ -476,7 +476,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             rows = await self.reader.by_ids([match.record])
             if match.record not in rows:
                 raise RecordNotFound(f"update in '{self._spec.name}': the record is gone", status=404)
-            body, _ = self.codec.encode_update(params, self.codec.document(rows[match.record]))
+            row = rows[match.record]
+            body, _ = self.codec.encode_update(params, self.codec.document(row), row)
             return await self._apply(Operation("PATCH", self._spec.name, match.record, body))
 
     async def _apply(self, operation: Operation) -> dict[str, Json] | None:

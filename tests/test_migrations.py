@@ -631,12 +631,15 @@ OPENINGS = 15
 
 
 def insert_directly(data: Path, table: str, count: int) -> None:
-    """Copies of the first record, with ids of their own, into the database file of a stopped PocketBase."""
+    """Copies of the first record, in sessions of their own, into the database file of a stopped PocketBase."""
     with closing(sqlite3.connect(data / "pb_data" / "data.db")) as connection, connection:
         connection.row_factory = sqlite3.Row
         first = dict(connection.execute(f"SELECT * FROM `{table}` ORDER BY id LIMIT 1").fetchone())
         names = list(first)
-        rows = ({**first, "id": new_id(), "doc_id": f"d{n}", "session_id": f"s{n % 1000}"} for n in range(count))
+        rows = (
+            {**first, "id": new_id(), "doc_id": f"d{n}", "session_id": f"s{n % 1000}", "offset": n // 1000}
+            for n in range(count)
+        )
         connection.executemany(
             f"INSERT INTO `{table}` ({', '.join(f'`{name}`' for name in names)}) "
             f"VALUES ({', '.join('?' * len(names))})",

@@ -277,12 +277,32 @@ async def test_servers_with_different_fields_read_each_others_documents_as_they_
         await newer.insert_one({**note(2), "tag": "", "score": 0.0})
         await older.insert_one({**note(3), "tag": "undeclared"})
         await newer.update_one({"id": {"$eq": "n1"}}, {"stars": 7})
-        await older.update_one({"id": {"$eq": "n2"}}, {"tag": "by the older one"})
-        expected = [note(1, stars=7), {**note(2), "tag": "by the older one", "score": 0.0},
-                    {**note(3), "tag": "undeclared"}]  # fmt: skip
+        await older.update_one({"id": {"$eq": "n2"}}, {"stars": 8})
+        await newer.update_one({"id": {"$eq": "n3"}}, {"tag": "declared"})
+        expected = [note(1, stars=7), {**note(2, stars=8), "tag": "", "score": 0.0},
+                    {**note(3), "tag": "declared"}]  # fmt: skip
         assert (await newer.find({})).items == expected
         if newer_first:  # else the older one does not know of the columns that came after it
             assert (await older.find({})).items == expected
+
+
+async def test_what_was_stored_before_its_field_had_a_column_can_be_changed_and_stays(
+    make_database: DatabaseMaker,
+) -> None:
+    early = {**note(1), "tag": "early", "score": 2.5}
+    async with make_database() as older:
+        await (await notes_of(older)).insert_one(cast(Note, early))
+    async with make_database() as newer:
+        notes = await notes_of(newer, TaggedNote)
+        assert await notes.find_one({}) == early
+        changed = await notes.update_one({"id": {"$eq": "n1"}}, {"tag": "late"})
+        assert changed.updated_document == await notes.find_one({}) == {**early, "tag": "late"}
+        assert await notes.find_one({"tag": {"$eq": "late"}}) is not None
+        # Whatever else needs `extra` takes nothing of it away.
+        await notes.update_one({"id": {"$eq": "n1"}}, {"text": chr(0xD800)})
+        assert await notes.find_one({}) == {**early, "tag": "late", "text": chr(0xD800)}
+        await notes.update_one({"id": {"$eq": "n1"}}, {"score": 3.5, "text": "plain"})
+        assert await notes.find_one({}) == {**early, "tag": "late", "text": "plain", "score": 3.5}
 
 
 async def test_a_column_that_others_have_added_is_none_of_ours(

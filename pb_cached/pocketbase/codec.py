@@ -184,18 +184,21 @@ class RecordCodec:
         copy = snapshot(document)
         return self._sized({"id": record_id, **self._columns_of(copy), "rev": 1}, copy), copy
 
-    def encode_update(self, params: Mapping[str, Any], document: Mapping[str, Json]) -> tuple[bytes, bool]:
+    def encode_update(
+        self, params: Mapping[str, Any], document: Mapping[str, Json], row: Row | None = None
+    ) -> tuple[bytes, bool]:
         """The body that changes the named fields of a record that holds `document`, and no others.
 
         `extra` is written only where it changes: it is one column, and belongs to all fields. Whether it is
-        written is the second of what is returned: such an update rests on what was read.
+        written is the second of what is returned: such an update must be encoded for the record's row as it is
+        now, as only that tells what `extra` really holds.
 
         Raises:
             InvalidDocument, DocumentTooLarge: as `encode`.
         """
         copy = snapshot(params)
         columns, new = self._images(copy)
-        old = self._whole(document)[1]
+        old = self._whole(document)[1] if row is None else self._extra_of(row)
         merged = Extra(
             values={k: v for k, v in old.values.items() if k not in copy} | new.values,
             missing=[field for field in old.missing if field not in copy],
@@ -291,7 +294,9 @@ class RecordCodec:
             extra = self._extra_of(row)
             for field in extra.missing:
                 document.pop(field, None)
-            document.update(extra.values)
+            # A column of kind JSON holds every value exactly: what `extra` has beside it is older than the column.
+            overtaken = {c.field for c in self._all if c.kind is Kind.JSON and c.field in document}
+            document.update({field: value for field, value in extra.values.items() if field not in overtaken})
         return document
 
     def held(self, row: Row, field: str) -> Json:
@@ -299,6 +304,8 @@ class RecordCodec:
         return getattr(row, f"c{self._positions[field]}")
 
     def _extra_of(self, row: Row) -> Extra:
+        if not row.extra:
+            return Extra(values={})
         found = self._read(row, "extra", row.extra)
         try:
             return msgspec.convert(found, Extra)
