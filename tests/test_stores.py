@@ -38,8 +38,11 @@ from parlant.core.tags import TagId
 from parlant.core.tools import ToolId
 
 from pb_cached import Config, PocketBaseServer, open_stores
+from pb_cached.cache.stats import Stats
 from pb_cached.config import StoreSettings
-from pb_cached.stores import Stores
+from pb_cached.errors import PBCachedError
+from pb_cached.stores import Stores, StoresStats
+from tests.conftest import EXCLUSIVE
 
 AGENT = AgentId("robin")
 VIP = TagId("vip")
@@ -674,3 +677,26 @@ def test_the_same_calls_answer_as_on_parlants_own_stores(
                 suppress_health_check=list(HealthCheck),
             ),
         )
+
+
+async def test_the_stores_tell_what_their_caches_have_done(pocketbase: PocketBaseServer, prefix: str) -> None:
+    settings = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
+    config = Config(stores=settings, coherence=EXCLUSIVE)
+    async with open_stores(config, connection_params=pocketbase.connection_params) as stores:
+        ida = await stores.customer_store.create_customer("Ida")
+        before = stores.stats()
+        for _ in range(3):
+            await stores.customer_store.read_customer(ida.id)
+        after = stores.stats()
+    hits = [stats.customers.collections["customers"].hits for stats in (before, after)]
+    assert hits[1] > hits[0]
+    assert after.sessions.collections == before.sessions.collections
+    assert {"sessions", "events"} < after.sessions.collections.keys()
+    assert {"variables", "values"} < after.variables.collections.keys()
+    with pytest.raises(PBCachedError, match="not open"):
+        stores.stats()
+
+
+async def test_without_a_cache_the_stores_have_nothing_to_tell(stores: Stores) -> None:
+    nothing = Stats(cache_bytes=0, cache_max_bytes=0, collections={})
+    assert stores.stats() == StoresStats(sessions=nothing, customers=nothing, variables=nothing)

@@ -3,12 +3,13 @@
 from pb_cached.stores.customers import PocketBaseCustomerStore
 from pb_cached.stores.sessions import PocketBaseSessionStore
 from pb_cached.stores.variables import PocketBaseContextVariableStore
-from pb_cached.stores.wiring import Stores, open_stores
+from pb_cached.stores.wiring import Stores, StoresStats, open_stores
 
 __all__ = [
     "PocketBaseContextVariableStore",
     "PocketBaseCustomerStore",
     "PocketBaseSessionStore",
     "Stores",
+    "StoresStats",
     "open_stores",
 ]

@@ -9,12 +9,13 @@ One database per store, as each store opens a collection called `metadata`. All 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import msgspec
+from msgspec import Struct
 from parlant.adapters.db.transient import TransientDocumentDatabase
 from parlant.core.agents import AgentStore
 from parlant.core.context_variables import ContextVariableStore
@@ -27,6 +28,7 @@ from parlant.core.persistence.common import MigrationRequired
 from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
+from pb_cached.cache.stats import Stats
 from pb_cached.config import CoherenceSettings, Config, PocketBaseSettings, environment_is_silent, find_url
 from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, EmbeddedServerError
@@ -40,6 +42,17 @@ if TYPE_CHECKING:
     from lagom import Container
 
 
+class StoresStats(Struct, frozen=True, kw_only=True):
+    """What the caches of the three stores hold and have done. All three tell the same `cache_bytes`: they share
+    one memory."""
+
+    sessions: Stats
+    """With the events."""
+    customers: Stats
+    variables: Stats
+    """With their values."""
+
+
 class Stores:
     """The open stores, and how to hand them to `p.Server`."""
 
@@ -48,13 +61,29 @@ class Stores:
         session_store: PocketBaseSessionStore,
         customer_store: PocketBaseCustomerStore,
         variable_store: PocketBaseContextVariableStore,
+        databases: Sequence[PocketBaseDocumentDatabase],
         stack: AsyncExitStack,
     ) -> None:
+        """
+        Args:
+            databases: the three stores', in the same order.
+        """
         self.session_store = session_store
         self.customer_store = customer_store
         self.variable_store = variable_store
         self.session_listener: SessionListener = PollingSessionListener(session_store)
+        self._databases = databases
         self._stack = stack
+
+    def stats(self) -> StoresStats:
+        """The caches' counters, store by store and collection by collection. Costs next to nothing; without a
+        cache, there are no collections in it.
+
+        Raises:
+            PBCachedError: the stores are closed.
+        """
+        sessions, customers, variables = (database.stats() for database in self._databases)
+        return StoresStats(sessions=sessions, customers=customers, variables=variables)
 
     def server_args(self) -> dict[str, Any]:
         """The arguments that make `p.Server(**stores.server_args())` keep its conversations here."""
@@ -148,9 +177,14 @@ async def open_stores(
             )
 
         of = settings.stores
-        sessions = PocketBaseSessionStore(await database(of.session_prefix), of.migrate)
-        customers = PocketBaseCustomerStore(await database(of.customer_prefix), of.migrate, ids=of.customer_ids)
-        variables = PocketBaseContextVariableStore(await database(of.variable_prefix), of.migrate)
+        databases = (
+            await database(of.session_prefix),
+            await database(of.customer_prefix),
+            await database(of.variable_prefix),
+        )
+        sessions = PocketBaseSessionStore(databases[0], of.migrate)
+        customers = PocketBaseCustomerStore(databases[1], of.migrate, ids=of.customer_ids)
+        variables = PocketBaseContextVariableStore(databases[2], of.migrate)
         for store in (sessions, customers, variables):
             try:
                 await stack.enter_async_context(store)
@@ -159,7 +193,7 @@ async def open_stores(
                     f"{error} An older Parlant wrote its data: set `migrate = true` under [stores] to have it "
                     "brought up to date. Servers with the older Parlant cannot open it afterwards"
                 ) from error
-        yield Stores(sessions, customers, variables, stack)
+        yield Stores(sessions, customers, variables, databases, stack)
 
 
 def _refuse_credentials_without_url(settings: PocketBaseSettings) -> None:
