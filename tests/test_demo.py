@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from click.testing import CliRunner
+from parlant.core.common import Version
+from parlant.core.persistence.common import ObjectId
+from parlant.core.persistence.document_database import BaseDocument
 
-from pb_cached import PocketBaseServer
+from pb_cached import PocketBaseDocumentDatabase, PocketBaseServer
 from pb_cached.cli import main
+from pb_cached.cli.demo import records
 from pb_cached.cli.demo.conversation import Conversation, Snapshot, differences
+from pb_cached.cli.demo.records import RECORDS, unaccounted
 
 SECONDS = 60.0
 
@@ -27,13 +35,19 @@ def demo(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the demo in a process of its own, with its temporary folders below `tmp_path`."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "pb_cached.cli", "demo", "--turns", "1", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "TMPDIR": str(tmp_path),
+                "PYTHONIOENCODING": "utf-8",
+                "PYTHONUNBUFFERED": "1",
+                **variables,
+            },
         )
         started.append(process)
         return process
@@ -73,6 +87,12 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
     pytest.fail(f"the demo ended before it said '{text}'")
 
 
+def cells(output: str, row: str) -> list[str]:
+    """What a row of a table says after its name."""
+    line = next(line for line in output.splitlines() if row in line)
+    return re.findall(r"[\w?]+", line.split(row, 1)[1])
+
+
 @pytest.mark.slow
 def test_the_demo_resumes_its_conversation(demo: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = demo()
@@ -80,6 +100,8 @@ def test_the_demo_resumes_its_conversation(demo: Callable[..., subprocess.Popen[
     assert process.returncode == 0, output
     assert "Turn 2." in output
     assert "none lost, none changed" in output
+    hits, _, misses, _ = cells(output, "sessions, events")
+    assert int(hits) > int(misses) > 0
     wait_until_gone(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -147,6 +169,109 @@ def test_a_difference_is_found_and_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert "Not everything is as it was" in result.output
 
 
+@pytest.mark.slow
+def test_records_that_are_not_looked_at_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to compare is not the same as nothing different."""
+
+    async def none(pocketbase: Mapping[str, str]) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr("pb_cached.cli.demo.conversation.records", none)
+    result = CliRunner().invoke(main, ["demo", "--turns", "1"])
+    assert result.exit_code == 1, result.output
+    assert "parlant_sessions_events holds 0, for 7 that the API shows" in result.output
+    assert cells(result.output, RECORDS) == ["0", "0", "no"]
+
+
+@pytest.mark.slow
+def test_what_the_environment_says_about_pocketbase_is_none_of_the_demos_business(
+    demo: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    configuration = tmp_path / "configuration.toml"
+    configuration.write_text('[stores]\nsession_prefix = "another"\n[coherence]\nmode = "off"\n')
+    process = demo(
+        PB_CACHED_CONFIG=str(configuration),
+        POCKETBASE_URL="http://127.0.0.1:1",
+        POCKETBASE_ADMIN_TOKEN="nobody's",
+    )
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    assert cells(output, RECORDS) == ["14", "14", "yes"]
+
+
+async def test_records_are_read_page_after_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = records.PER_PAGE + 1
+
+    async def keep(document: BaseDocument) -> BaseDocument:
+        return document
+
+    async with PocketBaseServer(tmp_path) as server:
+        async with PocketBaseDocumentDatabase(None, server.connection_params) as database:
+            collection = await database.get_or_create_collection("things", BaseDocument, keep)
+            now = datetime.now(UTC).isoformat()
+            await asyncio.gather(
+                *(
+                    collection.insert_one(
+                        BaseDocument(
+                            id=ObjectId(f"thing {number}"), creation_utc=now, version=Version.String("0.1.0")
+                        )
+                    )
+                    for number in range(count)
+                )
+            )
+        found = await records.records(server.connection_params)
+        assert len(found) == count
+        monkeypatch.setattr(records, "PER_PAGE", 3)  # collections are listed in pages, too
+        assert await records.records(server.connection_params) == found
+
+
+STORED: Snapshot = {
+    "sessions": {"s": {}},
+    "events": {"offset 0": {}, "offset 1": {}},
+    "customers": {"c": {"tags": ["vip"]}},
+    "variables": {"v": {"tags": []}},
+    "values": {"plan of c": {}},
+}
+HELD = {
+    "parlant_sessions_sessions": 1,
+    "parlant_sessions_events": 2,
+    "parlant_customers_customers": 1,
+    "parlant_customers_customer_tag_associations": 1,
+    "parlant_context_variables_variables": 1,
+    "parlant_context_variables_values": 1,
+}
+
+
+@pytest.mark.parametrize("collection", [*HELD, "parlant_context_variables_variable_tag_associations", "parlant_x"])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_collection_holds_as_many_records_as_the_api_shows(collection: str, more: int) -> None:
+    shown = HELD.get(collection, 0)
+    held = HELD | {collection: max(shown + more, 0)}
+    found: dict[str, Any] = {f"{name}/{number}": {} for name, count in held.items() for number in range(count)}
+    told = [f"{RECORDS}: {collection} holds {held[collection]}, for {shown} that the API shows"]
+    assert unaccounted(STORED | {RECORDS: found}) == (told if held[collection] != shown else [])
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_why_and_nothing_else(tmp_path: Path) -> None:
+    """Its input stays open, and so a thread of its goes on reading while it ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pb_cached.cli.demo.server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "POCKETBASE_URL": "nonsense", "PARLANT_HOME": str(tmp_path)},
+    )
+    assert process.stdout is not None and process.stdin is not None
+    with process:
+        output = process.stdout.read()
+        assert process.wait(SECONDS) == 1
+    assert output.startswith("Traceback"), output
+    assert "ConfigError: POCKETBASE_URL" in output
+    assert "Fatal" not in output
+
+
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     result = CliRunner().invoke(main, ["demo", "--keep", str(tmp_path)])
@@ -156,7 +281,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_without_its_extras_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pb_cached.cli.demo._EXTRAS", ("a_module_that_nobody_has",))
+    monkeypatch.setattr("pb_cached.cli.demo.run._EXTRAS", ("a_module_that_nobody_has",))
     result = CliRunner().invoke(main, ["demo"])
     assert result.exit_code == 1
     assert "pip install 'pb_cached[embedded,demo]'" in result.output

@@ -28,6 +28,6 @@ def demo(keep: Path | None, turns: int) -> None:
     Starts a real PocketBase and a real Parlant server, whose language model is replaced by a deterministic one: it
     needs no key and no network. Ends with 0 if everything was the same after the restart, and with 1 if not.
     """
-    from pb_cached.cli.demo import run
+    from pb_cached.cli.demo.run import run
 
     raise SystemExit(run(keep, turns))

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import httpx
 
-from pb_cached.cli.demo.server import AGENT, TAG, VARIABLE
+from pb_cached.cli.demo.records import RECORDS, records
+from pb_cached.cli.demo.terms import AGENT, TAG, VARIABLE
 
 TURN_SECONDS: Final = 30.0
 SETTLE_SECONDS: Final = 0.1
@@ -129,7 +130,7 @@ class Conversation:
             whole = await self._get(f"/context-variables/{variable['id']}", include_values="true")
             stored["variables"][variable["id"]] = whole["context_variable"]
             stored["values"] |= {f"{variable['name']} of {key}": v for key, v in whole["key_value_pairs"].items()}
-        stored["records in PocketBase"] = await _records(pocketbase)
+        stored[RECORDS] = await records(pocketbase)
         return stored
 
     async def _events(self, **params: Any) -> list[Any]:
@@ -165,20 +166,6 @@ def differences(before: Snapshot, after: Snapshot) -> list[str]:
 async def _http(url: str) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=url, timeout=TURN_SECONDS, trust_env=False) as http:
         yield http
-
-
-async def _records(pocketbase: Mapping[str, str]) -> dict[str, Any]:
-    """Every record of the stores but `metadata`, which Parlant writes at each start, and the logs of commits."""
-    headers = {"Authorization": pocketbase["admin_token"]}
-    records: dict[str, Any] = {}
-    async with httpx.AsyncClient(base_url=pocketbase["url"], headers=headers, trust_env=False) as http:
-        listed = (await http.get("/api/collections", params={"perPage": 500})).raise_for_status().json()["items"]
-        for name in (collection["name"] for collection in listed):
-            if name.startswith("parlant_") and not name.endswith(("_metadata", "_log")):
-                path = f"/api/collections/{name}/records"
-                page = (await http.get(path, params={"perPage": 500, "sort": "id"})).raise_for_status().json()
-                records |= {f"{name}/{record['id']}": record for record in page["items"]}
-    return records
 
 
 def _completes_a_turn(event: Mapping[str, Any]) -> bool:

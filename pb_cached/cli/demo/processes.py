@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,12 +15,17 @@ from pathlib import Path
 from typing import Final, Self
 
 import httpx
+import msgspec
 
-from pb_cached.cli.demo.server import PORT, TOOL_PORT, VARIABLE
+from pb_cached.cli.demo.terms import CACHE_REPORT, PORT, TOOL_PORT, VARIABLE
+from pb_cached.stores import StoresStats
 
 START_SECONDS: Final = 120.0
 STOP_SECONDS: Final = 20.0
 LAST_LINES: Final = 25
+
+_OURS: Final = ("POCKETBASE_", "PB_CACHED_")
+"""Variables that begin so speak of a PocketBase, and a configuration, that are none of the demo's business."""
 
 _NAMES: Final = {
     "url": "POCKETBASE_URL",
@@ -46,18 +52,23 @@ class ParlantProcess:
         self._folder = folder
         self._params = connection_params
         self._output = folder / "parlant-server.log"
+        self._report = folder / "parlant-server-cache.json"
+        self._ready = False
 
     async def __aenter__(self) -> Self:
         port, tool_port = _free_ports()
         self.url = f"http://127.0.0.1:{port}"
         home = self._folder / "parlant"
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("POCKETBASE_")},
+            **{name: value for name, value in os.environ.items() if not name.startswith(_OURS)},
             **{_NAMES[key]: value for key, value in self._params.items()},
             PORT: str(port),
             TOOL_PORT: str(tool_port),
+            CACHE_REPORT: str(self._report),
             "PARLANT_HOME": str(home),
+            "PYTHONIOENCODING": "utf-8",  # of the log, whatever the terminal's is
         }
+        self._report.unlink(missing_ok=True)
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pb_cached.cli.demo.server"],
@@ -65,12 +76,14 @@ class ParlantProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                start_new_session=True,  # a terminal's signals are for the demo, which ends it in order
             )
         try:
             await self._wait_until_ready()
         except BaseException:
             await self.__aexit__()
             raise
+        self._ready = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -91,8 +104,17 @@ class ParlantProcess:
                 await asyncio.sleep(0.05)
         raise ParlantStopped(f"the Parlant server was not ready within {START_SECONDS:g} s", self._last())
 
+    def cache_report(self) -> StoresStats | None:
+        """What the cache has done from the start to the end in order; None where it did not end so."""
+        if not self._report.exists():
+            return None
+        return msgspec.json.decode(self._report.read_bytes(), type=StoresStats)
+
     def _stop(self) -> None:
-        self._process.terminate()
+        """A server that is up gets the signal on which Parlant ends in order: a SIGTERM kills it as soon as its
+        connections are closed, with its stores still open."""
+        in_order = self._ready and os.name == "posix"
+        self._process.send_signal(signal.SIGINT if in_order else signal.SIGTERM)
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

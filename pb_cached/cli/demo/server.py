@@ -6,50 +6,58 @@ An agent, a tag and a variable are defined at each start, as scripts do; convers
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-import sys
 import threading
+from pathlib import Path
 
-PORT = "PB_CACHED_DEMO_PORT"
-TOOL_PORT = "PB_CACHED_DEMO_TOOL_PORT"
+import msgspec
 
-AGENT, TAG, VARIABLE = "Robin", "vip", "plan"
+from pb_cached.cli.demo.terms import AGENT, CACHE_REPORT, PORT, TAG, TOOL_PORT, VARIABLE
 
 
 async def serve() -> None:
     import parlant.sdk as p
 
-    from pb_cached import open_stores
+    from pb_cached import Config, open_stores
     from pb_cached.cli.demo.nlp import DeterministicNLP
+    from pb_cached.config import CoherenceSettings
 
-    async with (
-        open_stores() as stores,
-        p.Server(
-            host="127.0.0.1",
-            port=int(os.environ[PORT]),
-            tool_service_port=int(os.environ[TOOL_PORT]),
-            nlp_service=lambda _: DeterministicNLP(),
-            **stores.server_args(),
-        ) as server,
-    ):
-        await server.create_tag(TAG)
-        agent = await server.create_agent(
-            AGENT,
-            "An agent that remembers every word.",
-            perceived_performance_policy=p.NullPerceivedPerformancePolicy(),
-        )
-        await agent.create_variable(VARIABLE, "What the customer has booked.")
+    # The demo started this PocketBase for us alone. A configuration that is passed is also the only one: no file
+    # that somebody uses for something else decides where the demo's records go.
+    config = Config(coherence=CoherenceSettings(mode="exclusive"))
+    async with open_stores(config) as stores:
+        try:
+            async with p.Server(
+                host="127.0.0.1",
+                port=int(os.environ[PORT]),
+                tool_service_port=int(os.environ[TOOL_PORT]),
+                nlp_service=lambda _: DeterministicNLP(),
+                **stores.server_args(),
+            ) as server:
+                await server.create_tag(TAG)
+                agent = await server.create_agent(
+                    AGENT,
+                    "An agent that remembers every word.",
+                    perceived_performance_policy=p.NullPerceivedPerformancePolicy(),
+                )
+                await agent.create_variable(VARIABLE, "What the customer has booked.")
+        finally:
+            Path(os.environ[CACHE_REPORT]).write_bytes(msgspec.json.encode(stores.stats()))
 
 
 def end_with_parent() -> None:
-    """The demo holds the other end of our input: when it dies, however it dies, the input ends and so do we."""
-    while sys.stdin.buffer.read(4096):
+    """The demo holds the other end of our input: when it dies, however it dies, the input ends and so do we.
+
+    Not through `sys.stdin`, whose lock a thread that reads keeps for ever: Python could not end in order then.
+    """
+    while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the demo, which ends us in order
     threading.Thread(target=end_with_parent, daemon=True).start()
-    asyncio.run(serve())
+    with contextlib.suppress(KeyboardInterrupt):  # how the demo ends us
+        asyncio.run(serve())

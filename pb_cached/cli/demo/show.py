@@ -1,4 +1,4 @@
-"""What the demo shows: phases with their timings, the conversation, the comparison, the verdict."""
+"""What the demo shows: phases with their timings, the conversation, the comparison, the cache, the verdict."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
+
+from pb_cached.cache.stats import Stats
+from pb_cached.stores import StoresStats
 
 
 class Phase:
@@ -64,6 +67,23 @@ class Show:
         for line in different:
             self._console.print(f"[red]✗[/] {escape(line)}", soft_wrap=True)
 
+    def cache(self, report: StoresStats) -> None:
+        """What was read since the second start, and how much of it from memory."""
+        table = Table(
+            "reads of",
+            *(Column(heading, justify="right") for heading in ("hits", "negative hits", "misses", "through")),
+            title="What the cache did after the restart",
+            caption="hit, negative hit: answered from memory; miss: loaded from PocketBase first; "
+            "through: not for the cache",
+        )
+        for name, stats in (
+            ("sessions, events", report.sessions),
+            ("customers, tags", report.customers),
+            ("variables, values", report.variables),
+        ):
+            table.add_row(name, *map(str, _reads(stats)))
+        self._console.print(table)
+
     def verdict(self, same: bool, events: int, kept: Path | None) -> None:
         if same:
             self._console.print(
@@ -82,3 +102,14 @@ class Show:
         self._console.print(f"[bold red]✗ {escape(why)}[/]", soft_wrap=True)
         if details:
             self._console.print(escape(details), style="dim", soft_wrap=True)
+
+
+def _reads(stats: Stats) -> tuple[int, int, int, int]:
+    """Hits, negative hits, misses and reads through, of all collections together."""
+    of = stats.collections.values()
+    return (
+        sum(one.hits for one in of),
+        sum(one.negative_hits for one in of),
+        sum(one.misses for one in of),
+        sum(one.through for one in of),
+    )
