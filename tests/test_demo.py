@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,10 +26,15 @@ from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import BaseDocument
 
 from pb_cached import PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.cache.stats import Stats
 from pb_cached.cli import main
 from pb_cached.cli.demo import records
-from pb_cached.cli.demo.conversation import Conversation, Snapshot, differences
+from pb_cached.cli.demo.conversation import MESSAGES, Conversation, Snapshot, differences
 from pb_cached.cli.demo.records import RECORDS, unaccounted
+from pb_cached.cli.demo.show import Show
+from pb_cached.cli.demo.visit import ADDRESS, visit
+from pb_cached.pocketbase import superuser
+from pb_cached.stores import StoresStats
 
 SECONDS = 60.0
 
@@ -250,6 +259,67 @@ def test_a_collection_holds_as_many_records_as_the_api_shows(collection: str, mo
     found: dict[str, Any] = {f"{name}/{number}": {} for name, count in held.items() for number in range(count)}
     told = [f"{RECORDS}: {collection} holds {held[collection]}, for {shown} that the API shows"]
     assert unaccounted(STORED | {RECORDS: found}) == (told if held[collection] != shown else [])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_of_any_encoding_is_good_enough(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    show = Show()
+    show.title(tmp_path / "\u00dcberlingen \u20ac")
+    with show.phase("something"):
+        pass
+    show.turn(MESSAGES[2], MESSAGES[2], 1.0)
+    show.comparison({"events": {}}, {"events": {}}, ["events: \u201e1\u201c is gone"])
+    empty = Stats(cache_bytes=0, cache_max_bytes=0, collections={})
+    show.cache(StoresStats(sessions=empty, customers=empty, variables=empty))
+    show.verdict(True, 1)
+    show.failure("something", "\u2026")
+    told = written.getvalue().decode(encoding)
+    assert "1 events, none lost" in told
+    assert "? something" not in told
+
+
+async def test_what_is_said_about_a_kept_folder_works_when_it_is_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "it's [red]mine[/red] :smile: and long enough to be wrapped wherever a terminal is narrow"
+    async with PocketBaseServer(folder / "pocketbase"):
+        token = superuser.signed_token(folder / "pocketbase" / "pb_data" / "data.db")
+    Show().kept(folder, visit(folder / "pocketbase"))
+    told = capsys.readouterr().out
+    make_account, serve = (line.strip() for line in told.splitlines() if line.startswith("  "))
+    said = re.search(r"as (\S+) with the password (\S+)", told)
+    assert said is not None
+
+    await asyncio.to_thread(subprocess.run, make_account, shell=True, check=True, timeout=SECONDS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    assert ADDRESS in serve
+    server = subprocess.Popen(shlex.split(serve.replace(ADDRESS, address)), stdout=subprocess.DEVNULL)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as http:
+            async with asyncio.timeout(SECONDS):
+                while server.poll() is None:
+                    with contextlib.suppress(httpx.TransportError):
+                        await http.get("/api/health")
+                        break
+                    await asyncio.sleep(0.02)
+            answer = await http.post(
+                "/api/collections/_superusers/auth-with-password",
+                json={"identity": said[1], "password": said[2]},
+            )
+            assert answer.status_code == 200, answer.text
+            visitor = answer.json()["token"]
+            for one in (visitor, token):  # nobody else was locked out
+                listed = await http.get("/api/collections", headers={"Authorization": one})
+                assert listed.status_code == 200, listed.text
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from pb_cached.cli.demo.conversation import Conversation, differences
 from pb_cached.cli.demo.processes import ParlantProcess, ParlantStopped
 from pb_cached.cli.demo.records import unaccounted
 from pb_cached.cli.demo.show import Show
+from pb_cached.cli.demo.visit import visit
 from pb_cached.config import LoggingSettings
 from pb_cached.errors import PBCachedError
 from pb_cached.pocketbase.server import PocketBaseServer
@@ -98,7 +99,9 @@ async def _demonstrate(folder: Path, turns: int, kept: bool, show: Show) -> int:
     show.comparison(before, after, different)
     if report := parlant.cache_report():
         show.cache(report)
-    show.verdict(not different, len(offsets), folder if kept else None)
+    show.verdict(not different, len(offsets))
+    if kept:
+        show.kept(folder, visit(data))
     return 1 if different else 0
 
 

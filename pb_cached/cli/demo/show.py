@@ -1,7 +1,12 @@
-"""What the demo shows: phases with their timings, the conversation, the comparison, the cache, the verdict."""
+"""What the demo shows: phases with their timings, the conversation, the comparison, the cache, the verdict.
+
+Output that cannot show every character gets another mark, or a question mark, in place of what it cannot show.
+"""
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +19,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 
 from pb_cached.cache.stats import Stats
+from pb_cached.cli.demo.visit import Visit
 from pb_cached.stores import StoresStats
 
 
@@ -27,7 +33,12 @@ class Phase:
 
 class Show:
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        self._console = Console(highlight=False, emoji=False)
+        plain = self._console.options.ascii_only
+        self._good, self._bad = ("+", "x") if plain else ("\u2713", "\u2717")
+        self._spinner = "line" if plain else "dots"
 
     def title(self, folder: Path) -> None:
         title = f"A Parlant server on PocketBase, stopped and resumed\n[dim]{escape(str(folder))}[/]"
@@ -37,10 +48,10 @@ class Show:
     def phase(self, what: str) -> Iterator[Phase]:
         phase = Phase()
         started = time.perf_counter()
-        with self._console.status(f"{what} ..."):
+        with self._console.status(f"{what} ...", spinner=self._spinner):
             yield phase
         seconds = time.perf_counter() - started
-        self._console.print(f"[green]✓[/] {what:<44}[cyan]{seconds * 1000:8,.0f} ms[/]{phase.text}")
+        self._console.print(f"[green]{self._good}[/] {what:<44}[cyan]{seconds * 1000:8,.0f} ms[/]{phase.text}")
 
     def turn(self, said: str, reply: str, seconds: float) -> None:
         lines = Table.grid(padding=(0, 2), expand=True)
@@ -65,7 +76,7 @@ class Show:
             )
         self._console.print(table)
         for line in different:
-            self._console.print(f"[red]✗[/] {escape(line)}", soft_wrap=True)
+            self._console.print(f"[red]{self._bad}[/] {escape(line)}", soft_wrap=True)
 
     def cache(self, report: StoresStats) -> None:
         """What was read since the second start, and how much of it from memory."""
@@ -84,22 +95,28 @@ class Show:
             table.add_row(name, *map(str, _reads(stats)))
         self._console.print(table)
 
-    def verdict(self, same: bool, events: int, kept: Path | None) -> None:
+    def verdict(self, same: bool, events: int) -> None:
         if same:
             self._console.print(
                 f"[bold green]The conversation went on: {events} events, none lost, none changed.[/]"
             )
         else:
             self._console.print("[bold red]Not everything is as it was before the restart.[/]")
-        if kept is not None:
-            self._console.print(
-                f"The data is in {escape(str(kept))}. To look at it: pocketbase serve "
-                f"--dir={escape(str(kept / 'pocketbase' / 'pb_data'))}",
-                soft_wrap=True,
-            )
+
+    def kept(self, folder: Path, visit: Visit) -> None:
+        self._console.print(
+            f"\nThe data is in {escape(str(folder))}. To look at it, make an account and start PocketBase:",
+            soft_wrap=True,
+        )
+        for command in visit.commands:
+            self._console.print(f"  {escape(command)}", soft_wrap=True)
+        self._console.print(
+            f"Then sign in at {visit.dashboard} as {visit.email} with the password {visit.password}",
+            soft_wrap=True,
+        )
 
     def failure(self, why: str, details: str = "") -> None:
-        self._console.print(f"[bold red]✗ {escape(why)}[/]", soft_wrap=True)
+        self._console.print(f"[bold red]{self._bad} {escape(why)}[/]", soft_wrap=True)
         if details:
             self._console.print(escape(details), style="dim", soft_wrap=True)
 
