@@ -33,6 +33,7 @@ from pb_cached.cli.demo.conversation import MESSAGES, Conversation, Snapshot, di
 from pb_cached.cli.demo.records import RECORDS, unaccounted
 from pb_cached.cli.demo.show import Show
 from pb_cached.cli.demo.visit import ADDRESS, visit
+from pb_cached.cli.interruption import unwinding
 from pb_cached.pocketbase import superuser
 from pb_cached.stores import StoresStats
 
@@ -116,7 +117,7 @@ def test_the_demo_resumes_its_conversation(demo: Callable[..., subprocess.Popen[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_leaves_nothing_behind(
     demo: Callable[..., subprocess.Popen[str]], tmp_path: Path, signal_: signal.Signals
 ) -> None:
@@ -259,6 +260,66 @@ def test_a_collection_holds_as_many_records_as_the_api_shows(collection: str, mo
     found: dict[str, Any] = {f"{name}/{number}": {} for name, count in held.items() for number in range(count)}
     told = [f"{RECORDS}: {collection} holds {held[collection]}, for {shown} that the API shows"]
     assert unaccounted(STORED | {RECORDS: found}) == (told if held[collection] != shown else [])
+
+
+def test_ctrl_c_is_obeyed_without_a_word_while_modules_are_imported(
+    demo: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "httpx.py").write_text("import signal\nprint('importing')\nsignal.pause()\n")
+    process = demo(PYTHONPATH=os.pathsep.join([str(modules), os.environ.get("PYTHONPATH", "")]))
+    read_until(process, "importing")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130, output
+    assert output == ""
+    assert list(tmp_path.iterdir()) == [modules]
+
+
+def test_a_second_signal_does_not_cut_the_undoing_short() -> None:
+    undone = False
+
+    async def work() -> None:
+        nonlocal undone
+        with early.cancels_this_task():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.Event().wait()
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.sleep(0)
+                undone = True
+
+    with unwinding() as early:
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(work())
+        os.kill(os.getpid(), signal.SIGTERM)  # the folder is being removed
+    assert undone
+    assert early.began
+
+
+def test_a_signal_that_comes_before_the_work_begins_is_not_lost() -> None:
+    async def work() -> None:
+        with early.cancels_this_task():
+            await asyncio.Event().wait()
+
+    with unwinding() as early:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(asyncio.wait_for(work(), SECONDS))
+
+
+def test_under_nohup_a_hangup_stays_without_effect() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with unwinding() as early:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not early.began
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from pb_cached.cli.interruption import at_once
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pb_cached")
@@ -26,8 +28,10 @@ def demo(keep: Path | None, turns: int) -> None:
     """Hold a conversation, stop everything, start again, and continue it.
 
     Starts a real PocketBase and a real Parlant server, whose language model is replaced by a deterministic one: it
-    needs no key and no network. Ends with 0 if everything was the same after the restart, and with 1 if not.
+    needs no key and no network. Ends with 0 if everything was the same after the restart, with 1 if not, and
+    with 130 if it was interrupted.
     """
-    from pb_cached.cli.demo.run import run
+    with at_once():
+        from pb_cached.cli.demo.run import run
 
-    raise SystemExit(run(keep, turns))
+        raise SystemExit(run(keep, turns))

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import importlib.util
 import shutil
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pb_cached.cli.demo.processes import ParlantProcess, ParlantStopped
 from pb_cached.cli.demo.records import unaccounted
 from pb_cached.cli.demo.show import Show
 from pb_cached.cli.demo.visit import visit
+from pb_cached.cli.interruption import EXIT_CODE, Unwinding, unwinding
 from pb_cached.config import LoggingSettings
 from pb_cached.errors import PBCachedError
 from pb_cached.pocketbase.server import PocketBaseServer
@@ -27,7 +27,7 @@ _EXTRAS = ("fastapi", "filelock")
 
 
 def run(keep: Path | None, turns: int) -> int:
-    """The exit code: 0 if all is as it should be, 1 if not, 130 after Ctrl-C or SIGTERM."""
+    """The exit code: 0 if all is as it should be, 1 if not, 130 if it was interrupted."""
     show = Show()
     if missing := [name for name in _EXTRAS if importlib.util.find_spec(name) is None]:
         show.failure(f"the demo needs {', '.join(missing)}: pip install 'pb_cached[embedded,demo]'")
@@ -35,25 +35,25 @@ def run(keep: Path | None, turns: int) -> int:
     if keep is not None and keep.exists() and any(keep.iterdir()):
         show.failure(f"{keep} is not empty; name a folder that is, or a new one")
         return 1
-    folder = keep.absolute() if keep is not None else Path(tempfile.mkdtemp(prefix="pb-cached-demo-"))
-    try:
-        return asyncio.run(_run(folder, turns, keep is not None, show))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        show.failure("interrupted")
-        return 130
-    finally:
-        if keep is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with unwinding() as early:
+        folder = keep.absolute() if keep is not None else Path(tempfile.mkdtemp(prefix="pb-cached-demo-"))
+        try:
+            return asyncio.run(_run(folder, turns, keep is not None, show, early))
+        except (asyncio.CancelledError, OSError):  # a terminal that has hung up takes no more output
+            if not early.began:
+                raise
+        finally:
+            if keep is None:
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            show.failure("interrupted")
+        return EXIT_CODE
 
 
-async def _run(folder: Path, turns: int, kept: bool, show: Show) -> int:
-    # A SIGTERM ends the demo as Ctrl-C does: by unwinding, which ends the processes and removes the folder.
-    task = asyncio.current_task()
-    assert task is not None
-    with contextlib.suppress(NotImplementedError):  # Windows
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+async def _run(folder: Path, turns: int, kept: bool, show: Show, early: Unwinding) -> int:
     try:
-        return await _demonstrate(folder, turns, kept, show)
+        with early.cancels_this_task():
+            return await _demonstrate(folder, turns, kept, show)
     except ParlantStopped as error:
         show.failure(str(error), error.last_lines)
     except PBCachedError as error:
