@@ -23,6 +23,7 @@ from pb_cached.errors import (
     PBCachedError,
 )
 from pb_cached.pocketbase.records import Page
+from pb_cached.reading.order import position
 from tests.conftest import DatabaseMaker
 
 
@@ -311,6 +312,128 @@ async def test_a_count_made_a_moment_after_the_page_does_not_contradict_it(
     monkeypatch.setattr(reader, "page", counted_late)
     found = await items.find({}, limit=5)
     assert (ids(found), found.total_count, found.has_more) == (["i00001", "i00002"], 2, False)
+
+
+class Traffic:
+    """Counts the requests that read records, and the records that answer them."""
+
+    def __init__(self) -> None:
+        self.requests = self.records = 0
+
+    async def note(self, response: httpx.Response) -> None:
+        if response.request.method == "GET" and response.request.url.path.endswith("/records"):
+            await response.aread()
+            self.requests += 1
+            self.records += len(response.json()["items"])
+
+
+@pytest.mark.parametrize("direction", [ASC, DESC])
+@pytest.mark.parametrize("exceptional", [0, 4])
+async def test_what_a_page_costs_does_not_depend_on_how_many_there_are(
+    make_database: DatabaseMaker, direction: SortDirection, exceptional: int
+) -> None:
+    traffic = Traffic()
+    count, limit = 2100, 20
+    # Four of them are on the second page, whichever way it is read.
+    odd = [30, 31, count - 31, count - 30][:exceptional]
+    wheres: list[Any] = [
+        {},
+        {"rank": {"$gte": 0}},
+        {"rank": {"$gt": -1}, "name": {"$ne": ""}},
+        {"$or": [{"open": {"$eq": False}}, {"open": {"$eq": True}}]},
+    ]
+    async with (
+        httpx.AsyncClient(event_hooks={"response": [traffic.note]}) as http,
+        make_database(http_client=http) as database,
+    ):
+        items = await items_of(database)
+        await asyncio.gather(
+            *(items.insert_one(item(n, **({"rank": 2**60 + n} if n in odd else {}))) for n in range(count))
+        )
+        expected = [f"i{n:05}" for n in range(count)][:: -1 if direction == DESC else 1]
+        for where in wheres:
+            cursor = None
+            for page in range(3):
+                traffic.requests = traffic.records = 0
+                found = await items.find(where, limit, cursor, direction)
+                start, cursor = page * limit, found.next_cursor
+                assert (ids(found), found.total_count) == (expected[start : start + limit], count - start)
+                assert traffic.requests <= 3
+                assert traffic.records <= 2 * (limit + 1 + 2 * exceptional)
+        # One page cannot hold as many, and as many exceptional ones besides.
+        found = await items.find({"rank": {"$gte": 0}}, 999, sort_direction=direction)
+        assert (ids(found), found.total_count) == (expected[:999], count)
+
+
+@pytest.mark.parametrize("direction", [ASC, DESC])
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8])
+async def test_documents_that_columns_cannot_hold_take_their_places_on_a_page(
+    items: Items, direction: SortDirection, limit: int
+) -> None:
+    """Some match and some do not; some stand where their columns tell, and some do not."""
+    documents = [item(n, rank=n % 4) for n in range(8)]
+    documents += [item(n, rank=0.0) for n in (0, 1, 5)]  # no match, as no filter can tell
+    documents += [item(n, rank=2.0) for n in (2, 6)]
+    documents += [item(3, rank=3.0, name=number) for number in (1, 2)]  # as old as another, and of the same id
+    documents += [item(4, rank=True, creation_utc=time) for time in (None, 5, "2026\ud800")]
+    for document in documents:
+        await items.insert_one(document)
+    expected = [document for document in documents if document["rank"] != 0]
+    expected.sort(key=position, reverse=direction == DESC)
+    found = await items.find({"rank": {"$ne": 0}}, limit, sort_direction=direction)
+    assert list(found) == expected[:limit]
+    assert (found.total_count, found.has_more) == (len(expected), True)
+
+
+@pytest.mark.parametrize("turns", ["plain", "exceptional"])
+async def test_a_document_that_changes_between_the_requests_for_a_page_is_on_it_once(
+    two_servers: tuple[Items, Items], monkeypatch: pytest.MonkeyPatch, turns: str
+) -> None:
+    """A document that can only now be held by its columns, or no longer, is there all the time."""
+    items, other = two_servers
+    plain, exceptional = "plain", 1
+    before, after = (exceptional, plain) if turns == "plain" else (plain, exceptional)
+    for number in range(4):
+        await items.insert_one(item(number, name=before if number == 1 else "plain"))
+    reader = cast(PocketBaseDocumentCollection[Item], items).reader
+    page, each = reader.page, reader.all
+    changed = asyncio.Event()
+
+    async def page_before(*args: Any, **kwargs: Any) -> Page:
+        read = await page(*args, **kwargs)
+        if not changed.is_set():
+            await other.update_one({"id": {"$eq": "i00001"}}, change(name=after))
+            changed.set()
+        return read
+
+    async def all_after(filters: Any) -> AsyncIterator[Any]:
+        await changed.wait()
+        async for row in each(filters):
+            yield row
+
+    monkeypatch.setattr(reader, "page", page_before)
+    monkeypatch.setattr(reader, "all", all_after)
+    async with asyncio.timeout(20):
+        found = await items.find({"rank": {"$gte": 1}}, limit=2)
+    assert (ids(found), found.total_count) == (["i00001", "i00002"], 3)
+    assert found.items[0]["name"] == after
+
+
+async def test_a_page_is_judged_also_where_a_foreign_hand_has_written(make_database: DatabaseMaker) -> None:
+    """JSON has other texts than ours, of which no filter can tell what they say."""
+    async with make_database() as database:
+        items = cast(PocketBaseDocumentCollection[Item], await items_of(database))
+        await fill(items, *range(4))
+        row = (await items.reader.page("", "id", 1)).rows[0]
+        await database._opened()[0].client.call(
+            "PATCH",
+            f"/api/collections/{items.codec.collection}/records/{row.id}",
+            body=b'{"notes": "\\"\\\\u0078\\"", "rev": 2}',
+            repeatable=True,
+        )
+        assert await items.find_one({"id": {"$eq": "i00000"}}) == item(0, notes="x")
+        found = await items.find(cast(Where, {"notes": {"$ne": "x"}}), limit=2)
+        assert (ids(found), found.total_count) == (["i00001", "i00002"], 3)
 
 
 # --- find_one ------------------------------------------------------------------------------------------------

@@ -18,9 +18,20 @@ from parlant.core.persistence.document_database import DocumentCollection, ident
 from pb_cached import Config, PocketBaseDocumentDatabase
 from pb_cached.cache.predicate import compile_where
 from pb_cached.config import CollectionSettings
+from pb_cached.reading.order import after, position
 from tests.conftest import DatabaseMaker
-from tests.strategies import FIELDS, Sample, json_values, operands, plain_documents, wheres, wild_documents
-from tests.test_codec import same, same_document
+from tests.strategies import (
+    FIELDS,
+    STRINGS,
+    SURROGATES,
+    Sample,
+    json_values,
+    operands,
+    plain_documents,
+    wheres,
+    wild_documents,
+)
+from tests.test_codec import same_document
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -194,45 +205,118 @@ def test_any_sequence_of_operations_answers_as_parlants_own(
     run_state_machine_as_test(Machine, settings=settings(BOUNDED, max_examples=40, stateful_step_count=25))
 
 
+displaced_documents = st.tuples(wild_documents, st.none() | st.integers() | st.sampled_from(SURROGATES)).map(
+    lambda drawn: {**drawn[0], "creation_utc": drawn[1]}
+)
+"""Documents whose place no column tells."""
+
+exact_texts = st.sampled_from([text for text in STRINGS if text not in SURROGATES])
+exact_documents = st.tuples(
+    plain_documents,
+    st.fixed_dictionaries(
+        {
+            "name": exact_texts,
+            "offset": st.integers(-3, 3) | st.sampled_from([2**53, -(2**53), 2**53 - 1]),
+            "score": st.sampled_from([0, 1, -1, 2, 0.1, -2.5, 5e-324, 2**53, 2**52 + 0.5]),
+            "f_x": exact_texts,
+        }
+    ),
+).map(lambda drawn: drawn[0] | drawn[1])
+"""Documents that columns can hold as they are."""
+
+
+def filled(run: Run, collection: Any) -> list[dict[str, Any]]:
+    """Hostile documents, in the order of their insertion."""
+    documents: list[dict[str, Any]] = []
+
+    @settings(BOUNDED, max_examples=120)
+    @given(exact_documents | plain_documents | wild_documents | displaced_documents)
+    def fill(document: dict[str, Any]) -> None:
+        run(collection.insert_one(document))
+        documents.append(document)
+
+    fill()
+    return documents
+
+
+def asking(where: dict[str, Any], documents: list[dict[str, Any]], data: Any) -> dict[str, Any]:
+    """The filter, half of the time for what is really there."""
+    if data.draw(st.booleans()):
+        field = data.draw(st.sampled_from(FIELDS))
+        held = data.draw(st.sampled_from(documents)).get(field)
+        if not isinstance(held, dict | list):
+            name = data.draw(st.sampled_from(["$eq", "$ne", "$gt", "$gte", "$lt", "$lte"]))
+            return {"$and": [{field: {name: held}}, where]}
+    return where
+
+
 @pytest.mark.slow
 def test_any_filter_finds_what_the_predicate_finds(
     make_database: DatabaseMaker, runner: Any, cache: Mapping[str, Any]
 ) -> None:
     """Over one hostile set of documents: filters narrow, and never too far."""
-    documents: list[dict[str, Any]] = []
     config = Config(collections={"samples": CollectionSettings(partition_by="deleted")}, **cache)
     database = runner.run(make_database(config=config).__aenter__())
     collection = runner.run(database.get_or_create_collection("samples", Sample, identity_loader_for(Sample)))
-
-    @settings(BOUNDED, max_examples=120)
-    @given(plain_documents | wild_documents)
-    def fill(document: dict[str, Any]) -> None:
-        runner.run(collection.insert_one(document))
-        documents.append(document)
-
-    fill()
+    documents = filled(runner.run, collection)
 
     @settings(BOUNDED, max_examples=400)
-    @given(wheres, st.data())
-    def check(where: dict[str, Any], data: Any) -> None:
-        if data.draw(st.booleans()):  # ask for what is really there
-            field = data.draw(st.sampled_from(FIELDS))
-            held = data.draw(st.sampled_from(documents)).get(field)
-            if not isinstance(held, dict | list):
-                name = data.draw(st.sampled_from(["$eq", "$ne", "$gt", "$gte", "$lt", "$lte"]))
-                where = {"$and": [{field: {name: held}}, where]}
+    @given(wheres, st.integers(0, 5), st.sampled_from([SortDirection.ASC, SortDirection.DESC]), st.data())
+    def check(where: dict[str, Any], limit: int, direction: SortDirection, data: Any) -> None:
+        where = asking(where, documents, data)
         matches = compile_where(where)
         expected = [document for document in documents if matches(document)]
         note(f"filters: {collection.filters.narrow(where)}")
         found = runner.run(collection.find(where))
         assert found.total_count == len(expected)
-        order = [(d["creation_utc"], d["id"]) for d in found.items]
-        assert order == sorted(order)
-        page = runner.run(collection.find(where, limit=3))
-        assert page.total_count == len(expected)
-        assert all(same(one, other) for one, other in zip(page.items, found.items, strict=False))
+        assert all(map(same_document, found.items, sorted(expected, key=position)))
         first = runner.run(collection.find_one(where))
         assert first is None if not expected else same_document(first, expected[0])
+
+        descending = direction == SortDirection.DESC
+        cursor = None
+        for _ in range(3):
+            page = runner.run(collection.find(where, limit, cursor, direction))
+            matches = compile_where(after(cast(Where, where), cursor, descending))
+            rest = [document for document in documents if matches(document)]
+            rest.sort(key=position, reverse=descending)
+            assert (page.total_count, page.has_more) == (len(rest), len(rest) > limit)
+            assert len(page.items) == min(limit, len(rest))
+            assert all(map(same_document, page.items, rest))
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+
+    check()
+    runner.run(database.__aexit__(None, None, None))
+
+
+@pytest.mark.slow
+def test_of_plain_records_an_exact_filter_lets_through_just_the_matches(
+    make_database: DatabaseMaker, runner: Any
+) -> None:
+    database = runner.run(make_database().__aenter__())
+    collection = runner.run(database.get_or_create_collection("samples", Sample, identity_loader_for(Sample)))
+    documents = filled(runner.run, collection)
+
+    async def rows(filters: tuple[str, ...]) -> list[Any]:
+        return [row async for row in collection.reader.all(filters)]
+
+    everything = runner.run(rows(("",)))
+    plain = [row for row in everything if not row.extra]
+    assert 20 < len(plain) < len(everything)
+
+    @settings(BOUNDED, max_examples=400)
+    @given(wheres, st.data())
+    def check(where: dict[str, Any], data: Any) -> None:
+        where = asking(where, documents, data)
+        if not collection.filters.is_exact(where):
+            return
+        filters = collection.filters.narrow(where)
+        note(f"filters: {filters}")
+        through = {row.id for row in runner.run(rows(filters or ())) if not row.extra}
+        matches = compile_where(where)
+        assert through == {row.id for row in plain if matches(collection.codec.document(row))}
 
     check()
     runner.run(database.__aexit__(None, None, None))

@@ -1,14 +1,17 @@
 r"""`Where` translated into PocketBase filters that may let too much through, but never too little.
 
 The predicate decides; the filter only narrows what is sent. It speaks of columns, which hold images of values
-(see codec), so each condition is translated to what its documents' images must satisfy:
+(see codec). A record whose `extra` is empty is *plain*: its columns are its document. For plain records nearly
+every condition can be said exactly. For the others it is translated to what their images must satisfy:
 
 * `$eq v`: the column equals v's image, or the column's default where it cannot hold v;
-* `$gt`, `$gte`, `$lt`, `$lte`: at least, or at most, v's image: never strictly, as images may coincide;
-* `$ne v`: unequal v's image, where only v itself has that image and it is not the default; else nothing;
-* what a filter's string cannot say (a NUL; a last backslash, before 0.39.9) becomes the range around it.
+* `$gt`, `$gte`, `$lt`, `$lte`: beyond v's image, or equal to it where images may coincide;
+* `$ne v`: unequal v's image, where only v itself has that image and it is not the default; else nothing.
 
-`exact` is true where the filter lets through just the documents that match, so that PocketBase may count them.
+Where the two differ, the filter says both, the second with `extra != ''`. What a filter's string cannot say (a
+NUL; a last backslash, before 0.39.9) becomes the range around it.
+
+`exact` is true where the filter lets through just those plain records that match.
 """
 
 from __future__ import annotations
@@ -30,15 +33,18 @@ class Narrowing(Struct, frozen=True):
     """A filter text. Empty lets everything through; `None` lets nothing through."""
 
     text: str | None
-    exact: bool
+    exact: bool = True
     expressions: int = 1
     alternatives: tuple[Narrowing, ...] = ()
     """The parts of an `$or` at the top, which can be asked for one after another."""
 
 
-EVERYTHING: Final = Narrowing("", exact=True, expressions=0)
+EVERYTHING: Final = Narrowing("", expressions=0)
 UNKNOWN: Final = Narrowing("", exact=False, expressions=0)
-NOTHING: Final = Narrowing(None, exact=True, expressions=0)
+NOTHING: Final = Narrowing(None, expressions=0)
+EXCEPTIONAL: Final = Narrowing("extra != ''")
+"""The records that are not plain."""
+_SIGNS: Final = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 
 
 class FilterWriter:
@@ -59,7 +65,7 @@ class FilterWriter:
         return self._packed(narrowing.alternatives) or ("",)
 
     def is_exact(self, where: Mapping[str, Any]) -> bool:
-        """Does the one filter for `where` let through its matches and no other document?"""
+        """Is there one filter for `where`, and are all plain records that it lets through matches?"""
         narrowing = self._where(where)
         return narrowing.exact and self._fits(narrowing)
 
@@ -112,72 +118,81 @@ class FilterWriter:
 
     def _condition(self, field: str, name: str, value: Any) -> Narrowing:
         column = self._columns.get(field)
-        if column is None:  # its values are in `extra`
-            return UNKNOWN
         if name == "$in":
             return _or([self._equal(column, choice) for choice in value])
         if name == "$nin":
-            return self._and([self._unequal(column, choice) for choice in value]) if value else EVERYTHING
+            return self._and([self._unequal(column, choice) for choice in value])
         if name == "$eq":
             return self._equal(column, value)
         if name == "$ne":
             return self._unequal(column, value)
-        return self._ordered(column, ">=" if name in ("$gt", "$gte") else "<=", value, name in ("$gte", "$lte"))
+        return self._ordered(column, _SIGNS[name], value)
 
-    def _equal(self, column: Column, value: Any) -> Narrowing:
+    def _equal(self, column: Column | None, value: Any) -> Narrowing:
+        if column is None:  # in a plain record it is missing
+            return EXCEPTIONAL
         if column.kind is Kind.JSON:
-            # Numbers have several texts (1, 1.0, true), and so have objects (order of keys).
+            return self._equal_json(column, value)
+        held, same = _image(column, value)
+        weak = self._is(column, held)
+        return weak if same else self._either(NOTHING, weak)
+
+    def _equal_json(self, column: Column, value: Any) -> Narrowing:
+        # Numbers have several texts (1, 1.0, true), and so have objects (order of keys).
+        if not (value is None or isinstance(value, str)):
+            return UNKNOWN
+        return self._is(column, image(value, Kind.JSON)[0])
+
+    def _unequal(self, column: Column | None, value: Any) -> Narrowing:
+        if column is None:
+            return EVERYTHING
+        if column.kind is Kind.JSON:
             if not (value is None or isinstance(value, str)):
                 return UNKNOWN
-            return self._text(column, image(value, Kind.JSON)[0], exact=True)
-        if column.kind is Kind.BOOL:
-            return (
-                _compared(column, "=", _number(bool(value)), exact=value in (True,)) if _is_bit(value) else UNKNOWN
-            )
-        held, same = self._image(column, value)
-        exact = same and is_unshared(held, column.kind)
-        if column.kind is Kind.TEXT:
-            return self._text(column, held, exact=exact)
-        return _compared(column, "=", _number(held), exact=exact)
-
-    def _unequal(self, column: Column, value: Any) -> Narrowing:
-        if column.kind is Kind.BOOL:
-            return _compared(column, "!=", "true", exact=True) if value in (True,) else UNKNOWN
-        held, same = self._image(column, value)
-        if column.kind is Kind.JSON or not same or not is_unshared(held, column.kind):
+            held, alone = image(value, Kind.JSON)[0], True
+        else:
+            held, same = _image(column, value)
+            if not same:  # what no plain record can hold, each is unequal to
+                return EVERYTHING
+            alone = is_unshared(held, column.kind)
+        operand = self._operand(held)
+        if operand is None:
             return UNKNOWN
-        if column.kind is Kind.NUMBER:
-            return _compared(column, "!=", _number(held), exact=True)
-        quoted = self.quoted(held)
-        return _compared(column, "!=", quoted, exact=True) if quoted else UNKNOWN
+        plain = _compared(column, "!=", operand)
+        return plain if alone else self._either(plain, EVERYTHING)
 
-    def _ordered(self, column: Column, sign: str, value: Any, inclusive: bool) -> Narrowing:
-        if column.kind is Kind.TEXT and isinstance(value, str):
-            held = image(value, Kind.TEXT)[0]
+    def _ordered(self, column: Column | None, sign: str, value: Any) -> Narrowing:
+        if column is None:
+            return EXCEPTIONAL
+        if column.kind not in (Kind.TEXT, Kind.NUMBER):
+            return UNKNOWN
+        if not isinstance(value, str if column.kind is Kind.TEXT else int | float):
+            # What can be compared with it, if anything, the column cannot hold.
+            return self._either(NOTHING, self._is(column, column.kind.default))
+        if column.kind is Kind.NUMBER and not _is_finite(value):
+            return UNKNOWN
+        held = image(value, column.kind)[0]
+        operand = self._operand(held)
+        if held == value and operand is not None:
+            plain = _compared(column, sign, operand)
+            return (
+                self._either(plain, _compared(column, sign[0] + "=", operand)) if _may_be_rounded(held) else plain
+            )
+        if isinstance(held, str):
             below, above = _sayable(held, self._dialect.escapes)
-            quoted = self.quoted(below if sign == ">=" else above)
-            clean = inclusive and below == held and quoted is not None
-            # The default may stand for a value that cannot be compared at all.
-            exact = clean and sign == ">=" and held != "" and not _touches_surrogates(held)
-            return _compared(column, sign, quoted, exact=exact) if quoted else UNKNOWN
-        if column.kind is Kind.NUMBER and _is_finite(value):
-            held = image(value, Kind.NUMBER)[0]
-            in_doubt = not inclusive or abs(held) >= SAFE_INTEGER or (held <= 0 if sign == ">=" else held >= 0)
-            return _compared(column, sign, _number(held), exact=not in_doubt)
-        return UNKNOWN
+            operand = self.quoted(below if sign[0] == ">" else above)
+        return _compared(column, sign[0] + "=", operand, exact=False) if operand is not None else UNKNOWN
 
-    def _image(self, column: Column, value: Any) -> tuple[Json, bool]:
-        """The image of a filter's value, and whether every value with this image equals it."""
-        if column.kind is Kind.JSON or (column.kind is Kind.NUMBER and not _is_finite(value)):
-            return column.kind.default, False
-        held, _ = image(value, column.kind)
-        fits = isinstance(value, str) if column.kind is Kind.TEXT else isinstance(value, int | float)
-        return held, fits and held == value
+    def _either(self, plain: Narrowing, weak: Narrowing) -> Narrowing:
+        """Of plain records the ones, of exceptional records the others."""
+        exceptional = _joined([weak, EXCEPTIONAL], exact=True) if weak.text else EXCEPTIONAL
+        return _or((plain, exceptional)) if plain != weak else plain
 
-    def _text(self, column: Column, held: str, *, exact: bool) -> Narrowing:
-        quoted = self.quoted(held)
-        if quoted is not None:
-            return _compared(column, "=", quoted, exact=exact)
+    def _is(self, column: Column, held: Json) -> Narrowing:
+        """The column holds this; where a filter cannot say it, its neighbours too."""
+        operand = self._operand(held)
+        if operand is not None:
+            return _compared(column, "=", operand)
         below, above = _sayable(held, self._dialect.escapes)
         low, high = self.quoted(below), self.quoted(above)
         if low is None or high is None:
@@ -185,16 +200,21 @@ class FilterWriter:
         return Narrowing(f"({column.name} >= {low} && {column.name} <= {high})", exact=False, expressions=2)
 
     def holding(self, column: Column, text: str) -> str:
-        """The records whose text column holds just this; where a filter cannot say it, its neighbours too."""
-        return self._text(column, text, exact=True).text or ""
+        """The records whose column holds just this text, which of a JSON column is JSON; where a filter cannot say
+        it, its neighbours too."""
+        return self._is(column, text).text or ""
 
     def beyond(self, column: Column, text: str) -> str:
-        """The records whose text column holds something greater; where a filter cannot say the text, something
-        greater than all its neighbours."""
+        """The records whose column holds a greater text; where a filter cannot say the text, one greater than all
+        its neighbours."""
         quoted = self.quoted(text)
         if quoted is not None:
             return f"{column.name} > {quoted}"
         return f"{column.name} >= {self.quoted(_sayable(text, self._dialect.escapes)[1])}"
+
+    def _operand(self, held: Json) -> str | None:
+        """What a column holds, as a filter says it."""
+        return self.quoted(held) if isinstance(held, str) else _number(held)
 
     def quoted(self, text: str) -> str | None:
         """The string as a filter says it, or None where it cannot."""
@@ -209,17 +229,15 @@ def _or(parts: Sequence[Narrowing]) -> Narrowing:
     possible = [part for part in parts if part.text is not None]
     if not possible:
         return NOTHING
-    exact = all(part.exact for part in possible)
     if unbounded := [part for part in possible if not part.text]:
         return EVERYTHING if any(part.exact for part in unbounded) else UNKNOWN
-    if len(possible) == 1:
-        return possible[0]
-    return Narrowing(
-        "(" + " || ".join(part.text or "" for part in possible) + ")",
-        exact,
-        sum(part.expressions for part in possible),
-        tuple(possible),
-    )
+    exact = all(part.exact for part in possible)
+    # Said once, however many parts have it in common.
+    alternatives = {each.text or "": each for part in possible for each in part.alternatives or (part,)}
+    said = tuple(alternatives.values())
+    if len(said) == 1:
+        return _joined(said, exact)
+    return Narrowing("(" + " || ".join(alternatives) + ")", exact, sum(each.expressions for each in said), said)
 
 
 def _joined(parts: Sequence[Narrowing], exact: bool) -> Narrowing:
@@ -230,7 +248,7 @@ def _joined(parts: Sequence[Narrowing], exact: bool) -> Narrowing:
     )
 
 
-def _compared(column: Column, sign: str, operand: str, *, exact: bool) -> Narrowing:
+def _compared(column: Column, sign: str, operand: str, *, exact: bool = True) -> Narrowing:
     return Narrowing(f"{column.name} {sign} {operand}", exact)
 
 
@@ -244,19 +262,25 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _is_bit(value: Any) -> bool:
-    return isinstance(value, int | float) and value in (0, 1)
+def _image(column: Column, value: Any) -> tuple[Json, bool]:
+    """The image that values equal to a filter's have, and whether a plain record can hold one of them."""
+    if column.kind is Kind.TEXT:
+        held = image(value, Kind.TEXT)[0]
+        return held, isinstance(value, str) and held == value
+    if not _is_finite(value):
+        return column.kind.default, False
+    held = image(value, column.kind)[0]
+    return held, bool(held == value)
 
 
 def is_unshared(held: Json, kind: Kind) -> bool:
     """Does just one value have this image? The default stands for whatever a column cannot hold."""
-    if kind is Kind.TEXT:
-        return held != "" and not _touches_surrogates(held)
-    return bool(held != 0 and abs(held) < SAFE_INTEGER)
+    return bool(held != kind.default) and not _may_be_rounded(held)
 
 
-def _touches_surrogates(held: str) -> bool:
-    return "\ue000" in held
+def _may_be_rounded(held: Json) -> bool:
+    """Is it the image of several strings, or of several numbers?"""
+    return "\ue000" in held if isinstance(held, str) else abs(held) >= SAFE_INTEGER
 
 
 def _sayable(text: str, escapes: bool) -> tuple[str, str]:

@@ -1,8 +1,13 @@
-"""Answers by PocketBase: it narrows, orders and counts where it can do so exactly; the predicate decides."""
+"""Answers by PocketBase: it narrows, orders and counts where it can do so exactly; the predicate decides.
+
+A limited result takes one page of PocketBase's own order, whatever the number of matches. That order and its count
+are right for plain records. The exceptional ones, most often few or none, are all read and put in their places.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from parlant.core.persistence.common import SortDirection
@@ -12,7 +17,7 @@ from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.exact import Json
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.dialect import Dialect
-from pb_cached.pocketbase.filters import FilterWriter, is_unshared
+from pb_cached.pocketbase.filters import EXCEPTIONAL, FilterWriter, is_unshared
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import Kind
 from pb_cached.reading.order import first_of, position
@@ -65,7 +70,7 @@ class DirectReads:
         if narrowed is None:
             return Found((), 0)
         if limit is not None and self._filters.is_exact(where):
-            page = await self._page(narrowed[0], limit, descending)
+            page = await self._page(narrowed[0], predicate, limit, descending)
             if page is not None:
                 return page
         found = [document async for _, document in self._matches(narrowed, predicate)]
@@ -108,22 +113,49 @@ class DirectReads:
         found = [match async for match in self._matches(narrowed, predicate)]
         return first_of([document for _, document in sorted(found, key=lambda match: match.record)], sort)
 
-    async def _page(self, filter_: str, limit: int, descending: bool) -> Found | None:
-        """A limited result straight from PocketBase's own order and count. None where that order is not the
-        documents': where it is made from images that are not their values."""
+    async def _page(self, filter_: str, predicate: Predicate, limit: int, descending: bool) -> Found | None:
+        """A limited result by PocketBase's own order and count. The filter is exact for plain records. None where
+        that cannot be done, or not in two pages.
+
+        Both requests see exceptional records, so one that becomes plain, or ceases to be, between them is not
+        lost: (1) the page is read; (2) the record turns plain; (3) the exceptional ones are read, without it.
+        """
         order = [self._codec.columns.get(field) for field in ("creation_utc", "id")]
         if limit >= self._dialect.per_page or any(c is None or c.kind is not Kind.TEXT for c in order):
             return None
         sign = "-" if descending else ""
         sort = ",".join([*(sign + column.name for column in order if column), "id"])
-        page = await self._reader.page(filter_, sort, limit + 1, total=True)
-        documents = [self._codec.document(row) for row in page.rows]
-        for row, document in zip(page.rows, documents, strict=True):
-            if any(document.get(field) != self._codec.held(row, field) for field in ("creation_utc", "id")):
+        page, exceptional = await asyncio.gather(
+            self._reader.page(filter_, sort, limit + 1, total=True), self._exceptional(filter_)
+        )
+        size = limit + 1
+        if len(page.rows) == size and any(row.extra for row in page.rows):
+            # They may match or not, or belong elsewhere: see to it that as many plain ones are there.
+            size += len(exceptional)
+            if size > self._dialect.per_page:
                 return None
-        # PocketBase counts beside its reading, not within: a page that is not full tells the total itself.
-        total = len(documents) if len(documents) <= limit else max(page.total, len(documents))
-        return Found(documents[:limit], total)
+            page = await self._reader.page(filter_, sort, size, total=True)
+        if len(page.rows) < size:  # it has all there is, and tells the total itself: PocketBase counts beside it
+            found = self._ordered(page.rows, predicate, descending)
+            return Found(found[:limit], len(found))
+        if sum(not row.extra and predicate(self._codec.document(row)) for row in page.rows) <= limit:
+            return None  # or a foreign hand has written what no filter can foresee
+        newest: dict[str, Row] = {}
+        for row in (*page.rows, *exceptional):
+            if row.id not in newest or row.rev > newest[row.id].rev:
+                newest[row.id] = row
+        found = self._ordered(newest.values(), predicate, descending)
+        refused = sum(not predicate(self._codec.document(row)) for row in exceptional)
+        return Found(found[:limit], max(page.total - refused, len(found)))
+
+    async def _exceptional(self, filter_: str) -> Sequence[Row]:
+        """The records that are not plain, all that the filter lets through."""
+        return [row async for row in self._reader.all((" && ".join(filter(None, (filter_, EXCEPTIONAL.text))),))]
+
+    def _ordered(self, rows: Iterable[Row], predicate: Predicate, descending: bool) -> list[Document]:
+        """The matches in the order of `find`; of equal ones, the one inserted first."""
+        documents = [self._codec.document(row) for row in sorted(rows, key=lambda row: row.id)]
+        return sorted(filter(predicate, documents), key=position, reverse=descending)
 
     async def _matches(self, narrowed: Sequence[str], predicate: Predicate) -> AsyncIterator[Match]:
         """Every match, once."""
