@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, TypedDict, cast
 
 import httpx
@@ -13,7 +13,8 @@ from parlant.core.common import Version
 from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
 from parlant.core.persistence.document_database import DocumentCollection, FindResult, identity_loader_for
 
-from pb_cached import PocketBaseDocumentDatabase
+from pb_cached import Config, PocketBaseDocumentDatabase
+from pb_cached.config import CollectionSettings
 from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.errors import (
     CollectionExists,
@@ -434,6 +435,44 @@ async def test_a_page_is_judged_also_where_a_foreign_hand_has_written(make_datab
         assert await items.find_one({"id": {"$eq": "i00000"}}) == item(0, notes="x")
         found = await items.find(cast(Where, {"notes": {"$ne": "x"}}), limit=2)
         assert (ids(found), found.total_count) == (["i00001", "i00002"], 3)
+
+
+class TitledItem(Item, total=False):
+    title: str | None
+
+
+async def test_documents_that_are_older_than_a_column_are_found_by_its_field(
+    make_database: DatabaseMaker, cache: Mapping[str, Any]
+) -> None:
+    """They have its value where undeclared keys are kept."""
+    config = Config(collections={"items": CollectionSettings(partition_by="title")}, **cache)
+    async with make_database() as database:
+        items = await items_of(database)
+        for number, title in enumerate(["a", "it's", None, ""]):
+            await items.insert_one(item(number, title=title))
+        await items.insert_one(item(4))
+    async with make_database(config=config) as database:
+        titled = await database.get_or_create_collection("items", TitledItem, identity_loader_for(TitledItem))
+        for number, title in enumerate(["a", None], start=5):
+            await titled.insert_one(cast(TitledItem, item(number, title=title)))
+
+        async def found(condition: Any) -> str:
+            matches = await titled.find(cast(Where, {"title": condition}))
+            page = await titled.find(cast(Where, {"title": condition}), limit=1)
+            first = await titled.find_one(cast(Where, {"title": condition}))
+            assert page.total_count == matches.total_count
+            assert [*page] == [*matches][:1] == ([first] if first else [])
+            return "".join(document["id"][-1] for document in matches)
+
+        assert await found({"$eq": "a"}) == "05"
+        assert await found({"$eq": "it's"}) == "1"
+        assert await found({"$eq": None}) == "26"
+        assert await found({"$in": ["", "a", "x"]}) == "035"
+        assert await found({"$nin": ["", None]}) == "0145"
+        assert await found({"$ne": "a"}) == "12346"
+        assert await found({"$gte": "a"}) == "015"
+        assert await found({"$lt": "b"}) == "035"
+        assert await found({"$eq": "x"}) == ""
 
 
 # --- find_one ------------------------------------------------------------------------------------------------

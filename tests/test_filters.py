@@ -47,8 +47,9 @@ EXACT: list[tuple[Where, tuple[str, ...] | None]] = [
     ({"deleted": {"$ne": False}}, ("(deleted != false || extra != '')",)),
     ({"deleted": {"$ne": True}}, ("deleted != true",)),
     ({"deleted": {"$ne": "x"}}, ("",)),
-    ({"title": {"$eq": "x"}}, ("""title = '"x"'""",)),
+    ({"title": {"$eq": "x"}}, ("""(title = '"x"' || (title = '' && extra != ''))""",)),
     ({"title": {"$ne": "x"}}, ("""title != '"x"'""",)),
+    ({"title": {"$in": ["x", "y"]}}, ("""(title = '"x"' || (title = '' && extra != '') || title = '"y"')""",)),
     ({"nowhere": {"$eq": 1}}, ("extra != ''",)),
     ({"nowhere": {"$gt": 1}}, ("extra != ''",)),
     ({"nowhere": {"$nin": [1]}}, ("",)),
@@ -98,3 +99,9 @@ def test_a_cursor_can_be_said(writer: FilterWriter, descending: bool) -> None:
     at = Cursor("2026-01-01T00:00:00.000000+00:00", ObjectId("it's"))
     where = after({"name": {"$eq": "x"}, "title": {"$ne": "it's"}}, at, descending)
     assert writer.is_exact(where)
+
+
+def test_what_several_alternatives_have_in_common_takes_its_room_once() -> None:
+    many = NEWEST.narrow({"title": {"$in": [str(number) for number in range(100)]}})
+    assert many is not None and len(many) == 1
+    assert many[0].count("extra") == 1

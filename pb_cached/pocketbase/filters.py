@@ -141,7 +141,8 @@ class FilterWriter:
         # Numbers have several texts (1, 1.0, true), and so have objects (order of keys).
         if not (value is None or isinstance(value, str)):
             return UNKNOWN
-        return self._is(column, image(value, Kind.JSON)[0])
+        # A document that is older than the column has the value in `extra`.
+        return self._either(self._is(column, image(value, Kind.JSON)[0]), _compared(column, "=", "''"))
 
     def _unequal(self, column: Column | None, value: Any) -> Narrowing:
         if column is None:
