@@ -152,6 +152,8 @@ async def test_hostile_documents_come_back_and_are_found_as_parlants_own_databas
         assert found.total_count == expected.total_count, where
         for one, other in zip(found, expected, strict=True):
             assert same_document(cast(Any, one), cast(Any, other)), where
+        page = await ours.find(where, limit=3)
+        assert (list(page), page.total_count) == (list(found)[:3], found.total_count), where
 
 
 async def test_updates_merge_and_deletions_delete(database: PocketBaseDocumentDatabase) -> None:
