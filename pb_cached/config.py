@@ -76,7 +76,7 @@ class StoreSettings(Section, frozen=True):
 
     def __post_init__(self) -> None:
         prefixes = (self.session_prefix, self.customer_prefix, self.variable_prefix)
-        if len({prefix.lower() for prefix in prefixes}) < len(prefixes):
+        if len({str(prefix).lower() for prefix in prefixes}) < len(prefixes):
             raise ValueError(
                 "session_prefix, customer_prefix and variable_prefix must differ, in more than case: "
                 "each of the stores has a collection called 'metadata'"
@@ -180,13 +180,38 @@ class Config(Section, frozen=True):
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{file}: is not valid TOML: {error}") from error
         _refuse_secrets(table, file)
-        try:
-            config = msgspec.convert(table, cls)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{file}: {_explained(str(error), table)}") from error
-        if config.pocketbase.url is not None:
-            _checked_url(config.pocketbase.url, f"{file}: pocketbase.url")
+        config = _converted(table, str(file))
         return msgspec.structs.replace(config, pocketbase=_anchored(config.pocketbase, file, table))
+
+
+def checked_config(config: Config) -> Config:
+    """One that was built in code, of which msgspec has checked nothing.
+
+    Raises:
+        ConfigError: a wrong type or an impossible value, said as for a file.
+    """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"Config: expected a Config, not {type(config).__name__}; Config.load(path) makes one of a file"
+        )
+    return _converted(_plain(config), "Config")
+
+
+def _converted(table: Mapping[str, Any], source: str) -> Config:
+    try:
+        config = msgspec.convert(table, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_explained(str(error), table)}") from error
+    if config.pocketbase.url is not None:
+        _checked_url(config.pocketbase.url, f"{source}: pocketbase.url")
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """Structs as the tables that they would be in a file."""
+    if isinstance(value, Struct):
+        return {field: _plain(getattr(value, field)) for field in value.__struct_fields__}
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 class Secret:
@@ -313,6 +338,12 @@ _PARAMS: Final = ("url", "admin_token", "admin_email", "admin_password")
 
 
 def _check_params(params: Mapping[str, Any] | None) -> None:
+    if params is not None and not isinstance(params, Mapping):
+        # It may be a URL with a password in it, so it is not repeated.
+        raise ConfigError(
+            f"connection_params: expected a mapping such as {{'url': ...}} with some of {', '.join(_PARAMS)}, "
+            f"not {type(params).__name__}"
+        )
     for name, value in (params or {}).items():
         if name not in _PARAMS:
             raise ConfigError(

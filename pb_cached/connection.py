@@ -34,7 +34,14 @@ class Connection:
     collection and schema (by another schema its documents are others), likewise.
     """
 
-    def __init__(self, client: PocketBaseClient, dialect: Dialect, config: Config, log: Log) -> None:
+    def __init__(
+        self, client: PocketBaseClient, dialect: Dialect, config: Config, log: Log, users: Callable[[], int]
+    ) -> None:
+        """
+        Args:
+            users: counts the databases that it is open for.
+        """
+        self.users = users
         self.client = client
         self.dialect = dialect
         self.schema = SchemaEditor(client, dialect, log)
@@ -46,17 +53,25 @@ class Connection:
         self._caches: dict[tuple[str, Layout], CachedReads] = {}
 
     async def committer(self, prefix: str) -> Committer:
-        """The committer of a database's log, which is created with the first one."""
-        if prefix not in self._committers or _has_failed(self._committers[prefix]):
-            self._committers[prefix] = asyncio.create_task(self._new_committer(prefix))
-        return await asyncio.shield(self._committers[prefix])
+        """The committer of a database's log. The log is there when this returns, also where it was deleted since
+        the committer was made."""
+        making = self._committers.get(prefix)
+        if making is not None and not _has_failed(making):
+            committer = await asyncio.shield(making)
+            await self._ensure_log(prefix)
+            return committer
+        making = self._committers[prefix] = asyncio.create_task(self._new_committer(prefix))
+        return await asyncio.shield(making)
+
+    async def _ensure_log(self, prefix: str) -> None:
+        if self.dialect.batch is not None:
+            await self.schema.ensure(log_collection(prefix))
 
     async def _new_committer(self, prefix: str) -> Committer:
+        await self._ensure_log(prefix)
         path: CommitPath = SinglePath(self.client)
         if self.dialect.batch is not None:
-            spec = log_collection(prefix)
-            await self.schema.ensure(spec)
-            path = BatchPath(self.client, self.dialect, spec.name, self._server)
+            path = BatchPath(self.client, self.dialect, log_collection(prefix).name, self._server)
         committer = Committer(path, self._config.writes, self._log)
         await committer.trim()
         return committer
@@ -128,7 +143,9 @@ async def connection_to(
             if shared.connection is None:
                 if http is None and shared.own_http is None:
                     shared.own_http = http_client(config.pocketbase)
-                shared.connection = await _open(address, config, http or shared.own_http, log)
+                shared.connection = await _open(
+                    address, config, http or shared.own_http, log, lambda: shared.users
+                )
         yield shared.connection
     finally:
         shared.users -= 1
@@ -142,7 +159,9 @@ async def connection_to(
                     await shared.own_http.aclose()
 
 
-async def _open(address: Address, config: Config, http: httpx.AsyncClient | None, log: Log) -> Connection:
+async def _open(
+    address: Address, config: Config, http: httpx.AsyncClient | None, log: Log, users: Callable[[], int]
+) -> Connection:
     assert http is not None
     client = PocketBaseClient(http, address, config.pocketbase, log)
     dialect = await probe(
@@ -152,7 +171,7 @@ async def _open(address: Address, config: Config, http: httpx.AsyncClient | None
         log=log,
     )
     log.debug("connected", url=address.url, **msgspec.structs.asdict(dialect))
-    return Connection(client, dialect, config, log)
+    return Connection(client, dialect, config, log, users)
 
 
 def _has_failed(task: asyncio.Task[Committer]) -> bool:

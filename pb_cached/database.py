@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Generic, Self, cast
+from typing import Any, Final, Generic, ParamSpec, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import httpx
@@ -34,14 +34,18 @@ from parlant.core.persistence.document_database import (
 from pb_cached.cache.collection import CollectionCache, Rule
 from pb_cached.cache.rules import indexed_fields, rule_for
 from pb_cached.cache.stats import CollectionStats, Stats
-from pb_cached.config import Config, find_address
+from pb_cached.config import Config, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
     CollectionExists,
     CollectionNotFound,
+    ConfigError,
+    InvalidDocument,
     InvalidFilter,
+    NotCommitted,
     PBCachedError,
     RecordNotFound,
+    RequestRejected,
     SchemaError,
 )
 from pb_cached.exact import Json
@@ -56,6 +60,9 @@ from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads
 from pb_cached.reading.order import after, position
 from pb_cached.telemetry import Log, log_through
 from pb_cached.writes import Committer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEFAULT_PREFIX: Final = "parlant"
 
@@ -78,7 +85,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         config: a `Config`, or None for the file that `PB_CACHED_CONFIG` names, or the defaults.
 
     Raises:
-        ConfigError: no URL or no credentials are configured.
+        ConfigError: no URL or no credentials are configured, or an argument is not what it must be.
     """
 
     def __init__(
@@ -90,11 +97,17 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         http_client: httpx.AsyncClient | None = None,
         config: Config | None = None,
     ) -> None:
-        self._config = config if config is not None else Config.load()
+        if http_client is not None and not isinstance(http_client, httpx.AsyncClient):
+            raise ConfigError(
+                f"http_client: expected an httpx.AsyncClient, not {type(http_client).__module__}."
+                f"{type(http_client).__name__}"
+            )
+        self._config = checked_config(config) if config is not None else Config.load()
         self._address = find_address(self._config, connection_params)
         self._prefix = collection_prefix or DEFAULT_PREFIX
         self._http = http_client
         self._log = log_through(logger, self._config.logging)
+        self._entered = False
         self._exit_stack = AsyncExitStack()
         self._connection: Connection | None = None
         self._committer: Committer | None = None
@@ -106,13 +119,22 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
 
         Raises:
             PocketBaseUnavailable, AuthenticationFailed, RequestRejected: it cannot be used.
+            PBCachedError: it is open already.
         """
-        async with AsyncExitStack() as stack:
-            self._connection = await stack.enter_async_context(
-                connection_to(self._address, self._config, self._http, self._log)
-            )
-            self._committer = await self._connection.committer(self._prefix)
-            self._exit_stack = stack.pop_all()
+        if self._entered:
+            raise PBCachedError("the database is open already: enter it once, and hand the object on")
+        self._entered = True
+        try:
+            async with AsyncExitStack() as stack:
+                connection = await stack.enter_async_context(
+                    connection_to(self._address, self._config, self._http, self._log)
+                )
+                committer = await connection.committer(self._prefix)
+                self._exit_stack = stack.pop_all()
+        except BaseException:
+            self._entered = False
+            raise
+        self._connection, self._committer = connection, committer
         return self
 
     async def __aexit__(
@@ -129,8 +151,28 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         for collection in self._collections.values():
             collection.close()
         self._collections.clear()
-        await self._exit_stack.aclose()
+        connection, committer = self._connection, self._committer
         self._connection = self._committer = None
+        try:
+            # The last one closes the committer itself, which drains it and accounts for what is left.
+            if connection and committer and connection.users() > 1:
+                await self._drain(committer)
+        finally:
+            try:
+                await self._exit_stack.aclose()
+            finally:
+                self._entered = False
+
+    async def _drain(self, committer: Committer) -> None:
+        timeout = self._config.writes.close_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                await committer.flush()
+        except TimeoutError:
+            raise NotCommitted(
+                f"closing took longer than {timeout:g} s: {committer.undecided} writes are still on their way. "
+                "They may yet be committed, as other databases keep the connection open"
+            ) from None
 
     def stats(self) -> Stats:
         """What the cache holds and has done, over all and by collection. Costs next to nothing."""
@@ -173,8 +215,9 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         async with self._opening:
             connection, _ = self._opened()
             spec = document_collection(self._prefix, name, schema)
-            if name in self._collections or await connection.schema.exists(spec):
+            if await connection.schema.exists(spec):
                 raise CollectionExists(f"collection '{name}' (PocketBase: '{spec.name}') exists already")
+            self._forget(name, spec)
             return await self._open(name, spec, schema)
 
     async def get_collection(
@@ -222,11 +265,17 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             connection, committer = self._opened()
             spec = document_collection(self._prefix, name, BaseDocument)
             if not await connection.schema.exists(spec):
+                self._forget(name, spec)
                 raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
             await committer.flush()
             await connection.schema.drop(spec)
-            connection.forget(spec.name)
-            self._collections.pop(name, None)
+            self._forget(name, spec)
+
+    def _forget(self, name: str, spec: CollectionSpec) -> None:
+        """Keep nothing of a collection that is not there, whoever deleted it."""
+        connection, _ = self._opened()
+        connection.forget(spec.name)
+        self._collections.pop(name, None)
 
     def _opened(self) -> tuple[Connection, Committer]:
         if self._connection is None or self._committer is None:
@@ -325,7 +374,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """Read the collection into its cache, the newest documents first, until it is there or the cache full."""
         self._require_open()
         if self._cached:
-            await self._cached.loader.warm()
+            await self._read(self._cached.loader.warm)
 
     def warm_in_background(self) -> None:
         """The same, without waiting. That it fails is logged."""
@@ -352,11 +401,12 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             InvalidFilter: an unknown operator or a malformed filter.
         """
         self._require_open()
+        _require_filter(filters)
         if limit is not None and limit < 0:
             raise InvalidFilter(f"limit must not be negative, got {limit}")
         descending = sort_direction == SortDirection.DESC
         where = after(filters, cursor, descending)
-        found = await self._reads.find(where, limit, descending)
+        found = await self._read(self._reads.find, where, limit, descending)
         has_more = found.total > len(found.documents)
         last = found.documents[-1] if has_more and found.documents else None
         return FindResult(
@@ -375,9 +425,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             InvalidFilter: as `find`.
         """
         self._require_open()
+        _require_filter(filters)
         if sort:
-            return cast(TDocument | None, await self._reads.first_sorted(filters, sort))
-        match = await self._reads.first(filters)
+            return cast(TDocument | None, await self._read(self._reads.first_sorted, filters, sort))
+        match = await self._read(self._reads.first, filters)
         return cast(TDocument, match.document) if match else None
 
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
@@ -419,9 +470,11 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             As `insert_one`, and InvalidFilter.
         """
         self._require_open()
+        _require_filter(filters)
+        _require_document(params)
         params = cast(TDocument, snapshot(params))  # the caller may change it while the match is looked for
         for _ in range(_ATTEMPTS):
-            match = await self._reads.first(filters)
+            match = await self._read(self._reads.first, filters)
             if match is None:
                 if not upsert:
                     return UpdateResult(True, 0, 0, None)
@@ -440,8 +493,9 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             As `update_one`.
         """
         self._require_open()
+        _require_filter(filters)
         for _ in range(_ATTEMPTS):
-            match = await self._reads.first(filters)
+            match = await self._read(self._reads.first, filters)
             if match is None:
                 return DeleteResult(True, 0, None)
             try:
@@ -457,10 +511,23 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 f"collection '{self._spec.name}': its database is closed; open it again, and the collection"
             )
 
+    # reading
+
+    async def _read(self, read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a read gives. PocketBase refuses a filter over a column that somebody has taken away with the
+        reason that it gives to all it does not like, so the collection is looked at."""
+        try:
+            return await read(*args, **kwargs)
+        except RequestRejected as error:
+            if error.status == 400:
+                await self._connection.schema.require(self._spec)
+            raise
+
     # writing
 
     async def _insert(self, document: Mapping[str, Any]) -> dict[str, Json]:
         self._require_open()
+        _require_document(document)
         self.codec.require(document)
         record_id = new_id()
         body, copy = self.codec.encode(document, record_id)
@@ -473,7 +540,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         if not rests_on_extra:
             return await self._apply(Operation("PATCH", self._spec.name, match.record, body))
         async with self._turns.setdefault(match.record, asyncio.Lock()):
-            rows = await self.reader.by_ids([match.record])
+            rows = await self._read(self.reader.by_ids, [match.record])
             if match.record not in rows:
                 raise RecordNotFound(f"update in '{self._spec.name}': the record is gone", status=404)
             row = rows[match.record]
@@ -497,3 +564,13 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
         (reply,) = await self._committer.write(again)
         return self.codec.document(self.codec.row(reply.record))
+
+
+def _require_filter(filters: object) -> None:
+    if not isinstance(filters, Mapping):
+        raise InvalidFilter(f"a filter must be a mapping such as {{'id': {{'$eq': ...}}}}, not {filters!r:.60}")
+
+
+def _require_document(document: object) -> None:
+    if not isinstance(document, Mapping):
+        raise InvalidDocument(f"a document must be a mapping such as a dict, not {type(document).__name__}")

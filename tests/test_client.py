@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from itertools import count
+from typing import Any
 
 import httpx
 import msgspec
@@ -21,6 +22,7 @@ from pb_cached.config import Address, Credentials, PocketBaseSettings, Secret
 from pb_cached.connection import connection_to
 from pb_cached.errors import (
     AuthenticationFailed,
+    CollectionNotFound,
     PBCachedError,
     PocketBaseUnavailable,
     RecordNotFound,
@@ -383,6 +385,43 @@ async def test_other_refusals_tell_pocketbases_words_and_codes(make_client: Clie
         await make_client().call("POST", ACCOUNTS, body=b'{"password":"12345678","passwordConfirm":"12345678"}')
     assert type(refusal.value) is RequestRejected
     assert refusal.value.status == 400 and refusal.value.codes == {"email": "validation_required"}
+
+
+@pytest.mark.parametrize(
+    ("collection", "reasons"),
+    [
+        (
+            {"fields": [{"name": "x" * 101, "type": "text"}, {"name": "a", "type": "text", "id": "i" * 101}]},
+            {
+                "fields.1.name": "validation_length_out_of_range The length must be between 1 and 100.",
+                "fields.2.id": "validation_length_out_of_range The length must be between 1 and 100.",
+            },
+        ),
+        (
+            {"indexes": ["CREATE INDEX `i` ON `refused` (`x`)"]},
+            {"indexes.0": "validation_invalid_index_expression Failed to create index i - SQL logic error"},
+        ),
+    ],
+)
+async def test_a_reason_inside_a_part_is_told_with_the_path_of_the_part(
+    make_client: ClientMaker, collection: dict[str, Any], reasons: dict[str, str]
+) -> None:
+    body = msgspec.json.encode({"name": "refused", "type": "base", **collection})
+    with pytest.raises(RequestRejected) as refusal:
+        await make_client().call("POST", "/api/collections", body=body)
+    assert refusal.value.codes == {path: reason.split()[0] for path, reason in reasons.items()}
+    for path, reason in reasons.items():
+        assert f"; {path}: {reason}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PATCH", "DELETE"])
+async def test_a_missing_collection_is_not_taken_for_a_missing_record(
+    make_client: ClientMaker, method: str
+) -> None:
+    records = "/api/collections/nowhere/records"
+    path = records if method == "POST" else f"{records}/aaaaaaaaaaaaaaa"
+    with pytest.raises(CollectionNotFound, match="delete_collection"):
+        await make_client().call(method, path, body=None if method == "GET" else b"{}")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from pb_cached.config import WriteSettings, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
     AuthenticationFailed,
+    CollectionNotFound,
     DocumentTooLarge,
     NotCommitted,
     OutcomeUnknown,
@@ -126,12 +127,14 @@ Through = Callable[..., PocketBaseDocumentDatabase]
 
 
 @pytest.fixture
-def through(make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy) -> Through:
+def through(make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy, prefix: str) -> Through:
     """Makes databases that speak through the proxy."""
     params = {**pocketbase.connection_params, "url": proxy.url}
 
-    def make(**settings: Any) -> PocketBaseDocumentDatabase:
-        return make_database(connection_params=params, config=writes(**settings))
+    def make(collection_prefix: str = prefix, **settings: Any) -> PocketBaseDocumentDatabase:
+        return make_database(
+            connection_params=params, collection_prefix=collection_prefix, config=writes(**settings)
+        )
 
     return make
 
@@ -483,6 +486,36 @@ async def test_a_log_that_was_deleted_is_said_to_be_missing(
         await notes.update_one(by_id("a"), Note(text="new"))
 
 
+async def test_a_log_that_was_deleted_is_back_when_its_database_opens_again(
+    through: Through, records: Records, prefix: str
+) -> None:
+    """Also where other databases have kept the connection open."""
+    async with through(f"{prefix}_another"):
+        async with through() as database:
+            await (await open_notes(database)).insert_one(note("a"))
+        await records.http.delete(f"/api/collections/{prefix}_log")
+        async with through() as database:
+            await (await open_notes(database)).insert_one(note("b"))
+        assert await records.notes() == {"a": 1, "b": 1}
+        assert len(await records.numbers()) == 1
+
+
+async def test_a_collection_that_was_deleted_fails_only_the_writes_to_it(
+    committer: Committer, table: str, records: Records, prefix: str
+) -> None:
+    gone = new_id()
+    outcomes = await asyncio.gather(
+        committer.write(create(table, new_id())),
+        committer.write(create(f"{prefix}_gone", gone)),
+        committer.write(change(f"{prefix}_gone", gone)),
+        committer.write(Operation("DELETE", f"{prefix}_gone", gone)),
+        committer.write(create(table, new_id())),
+        return_exceptions=True,
+    )
+    kinds = [type(outcome) for outcome in outcomes]
+    assert kinds == [list, CollectionNotFound, CollectionNotFound, CollectionNotFound, list]
+
+
 async def test_a_refused_token_is_an_authentication_failure(
     notes: DocumentCollection[Note], proxy: FaultProxy, records: Records
 ) -> None:
@@ -640,6 +673,47 @@ async def test_closing_in_vain_says_what_was_not_committed(
     gate.open()
     await proxy.matching("POST", BATCH)[0].finished.wait()
     assert set(await records.notes()) <= {"first"}
+
+
+async def test_closing_the_last_database_waits_for_its_timeout_once(through: Through, proxy: FaultProxy) -> None:
+    database = await through(close_timeout=1.5).__aenter__()
+    gate, _ = await blocked(proxy, await open_notes(database))
+    before = time.monotonic()
+    with pytest.raises(NotCommitted):
+        await database.__aexit__(None, None, None)
+    assert 1.5 <= time.monotonic() - before < 2.9
+    gate.open()
+
+
+async def test_closing_one_of_several_databases_commits_what_is_queued(
+    through: Through, records: Records, prefix: str
+) -> None:
+    async with through():
+        database = await through(f"{prefix}_another").__aenter__()
+        notes = await open_notes(database)
+        queued = await started(*(notes.insert_one(note(str(number))) for number in range(500)))
+        await database.__aexit__(None, None, None)
+        assert len(await Records(records.http, f"{prefix}_another").notes()) == 500
+        await asyncio.gather(*queued)
+
+
+async def test_closing_one_of_several_databases_in_vain_says_how_much_is_on_its_way(
+    through: Through, records: Records, prefix: str, proxy: FaultProxy
+) -> None:
+    async with through(close_timeout=0.2):
+        database = await through(f"{prefix}_another", close_timeout=0.2).__aenter__()
+        notes = await open_notes(database)
+        gate, first = await blocked(proxy, notes)
+        queued = await started(*(notes.insert_one(note(str(number))) for number in range(5)))
+        before = time.monotonic()
+        with pytest.raises(NotCommitted, match=r"longer than 0\.2 s: 6 writes are still on their way"):
+            await database.__aexit__(None, None, None)
+        assert time.monotonic() - before < PATIENCE / 2
+        with pytest.raises(PBCachedError, match="use it inside"):
+            await database.flush()
+        gate.open()
+        await asyncio.gather(first, *queued)
+        assert len(await Records(records.http, f"{prefix}_another").notes()) == 6
 
 
 # the committer by itself

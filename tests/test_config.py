@@ -8,20 +8,26 @@ import tomllib
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import msgspec
 import pytest
 import structlog
 
-from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
 from pb_cached.cache.rules import rule_for
 from pb_cached.config import (
     Address,
+    CacheSettings,
+    CoherenceSettings,
     CollectionSettings,
     Credentials,
     PocketBaseSettings,
     Secret,
+    StoreSettings,
+    WriteSettings,
+    checked_config,
     find_address,
     find_url,
 )
@@ -196,6 +202,40 @@ def test_a_setting_that_cannot_be_is_refused_by_name(toml: TomlWriter, text: str
     assert complaint in refusal(toml(text))
 
 
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (Config(pocketbase=PocketBaseSettings(max_connections=0)), "pocketbase.max_connections: expected 'int'"),
+        (Config(pocketbase=PocketBaseSettings(retry_for=float("nan"))), "pocketbase.retry_for: expected 'float'"),
+        (Config(pocketbase=PocketBaseSettings(url="localhost")), "pocketbase.url: expected a URL such as http://"),
+        (Config(pocketbase=cast(Any, WriteSettings())), "unknown key 'pocketbase.max_commit_records'"),
+        (Config(cache=cast(Any, None)), "cache: expected a table, got nothing"),
+        (Config(collections={"x": CollectionSettings(max_partition_documents=0)}), "collections.x.max_partition"),
+        (Config(coherence=CoherenceSettings(mode=cast(Any, "on"))), "expected one of exclusive, off"),
+        (Config(stores=StoreSettings(session_prefix=cast(Any, 5))), "stores.session_prefix: expected 'str'"),
+        (cast(Any, "settings.toml"), "expected a Config, not str; Config.load(path) makes one of a file"),
+    ],
+)  # fmt: skip
+async def test_a_setting_that_cannot_be_is_refused_also_where_it_was_built_in_code(
+    config: Config, complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match="^Config: .*" + re.escape(complaint)):
+        PocketBaseDocumentDatabase(None, PARAMS, config=config)
+    if isinstance(config, Config):  # to the stores, a string names a file
+        with pytest.raises(ConfigError, match="^Config: .*" + re.escape(complaint)):
+            async with open_stores(config, connection_params=PARAMS):
+                pass
+
+
+def test_a_config_that_was_built_in_code_is_taken_as_it_is() -> None:
+    built = Config(
+        pocketbase=PocketBaseSettings(url=HERE, retry_for=5),
+        collections=MappingProxyType({"events": CollectionSettings(partition_by=("session_id", "kind"))}),
+        cache=CacheSettings(warm=("events",)),
+    )
+    assert checked_config(built) == built
+
+
 def test_a_file_that_is_not_there_is_an_error_that_says_who_named_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +360,13 @@ def test_a_secrets_file_is_read_only_when_it_is_needed(
 def test_what_is_missing_or_wrong_with_the_address_is_said(params: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         find_address(Config(), params)
+
+
+@pytest.mark.parametrize("params", [f"http://{SECRETS[0]}@x", 5, [("url", HERE)]])
+def test_parameters_that_are_no_mapping_are_refused_and_not_repeated(params: Any) -> None:
+    with pytest.raises(ConfigError, match=r"connection_params: expected a mapping such as {'url': ") as caught:
+        PocketBaseDocumentDatabase(None, params)
+    assert SECRETS[0] not in str(caught.value)
 
 
 def test_a_variable_without_a_url_is_named(environment: Callable[..., None]) -> None:

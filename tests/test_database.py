@@ -11,21 +11,31 @@ import pytest
 import pytest_asyncio
 from parlant.core.common import Version
 from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
-from parlant.core.persistence.document_database import DocumentCollection, FindResult, identity_loader_for
+from parlant.core.persistence.document_database import (
+    CollectionIndex,
+    DocumentCollection,
+    FindResult,
+    identity_loader_for,
+)
 
-from pb_cached import Config, PocketBaseDocumentDatabase
+from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
 from pb_cached.config import CollectionSettings
 from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.errors import (
+    AuthenticationFailed,
     CollectionExists,
     CollectionNotFound,
+    ConfigError,
     InvalidDocument,
     InvalidFilter,
     PBCachedError,
+    RequestRejected,
+    UniqueViolation,
 )
 from pb_cached.pocketbase.records import Page
 from pb_cached.reading.order import position
 from tests.conftest import DatabaseMaker
+from tests.faults import FaultProxy, answer
 
 
 class Item(TypedDict, total=False):
@@ -177,6 +187,96 @@ async def test_a_database_can_be_entered_again(make_database: DatabaseMaker) -> 
             items = await items_of(database)
             await fill(items, number)
             assert (await items.find({})).total_count == number
+
+
+async def test_a_database_is_entered_once_at_a_time(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    outcomes = await asyncio.gather(database.__aenter__(), database.__aenter__(), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [PocketBaseDocumentDatabase, PBCachedError]
+    with pytest.raises(PBCachedError, match="open already"):
+        async with database:
+            pass
+    await fill(await items_of(database), 1)
+    await database.__aexit__(None, None, None)
+    async with database:
+        assert (await (await items_of(database)).find({})).total_count == 1
+
+
+async def test_a_database_that_could_not_be_entered_can_be_entered_later(
+    make_database: DatabaseMaker, pocketbase: PocketBaseServer
+) -> None:
+    async with FaultProxy(pocketbase.url) as proxy:
+        proxy.plan("GET", "/api/collections", answer(400))
+        database = make_database(connection_params={**pocketbase.connection_params, "url": proxy.url})
+        with pytest.raises(RequestRejected):
+            await database.__aenter__()
+        async with database:
+            await fill(await items_of(database), 1)
+
+
+# --- the caller's HTTP client --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("http", [httpx.Client, str, httpx.AsyncHTTPTransport, lambda: httpx.AsyncClient])
+def test_what_is_no_asynchronous_http_client_is_refused(make_database: DatabaseMaker, http: Any) -> None:
+    with pytest.raises(ConfigError, match=r"http_client: expected an httpx\.AsyncClient, not \w+"):
+        make_database(http_client=http())
+
+
+async def test_a_closed_http_client_is_said_to_be_closed(make_database: DatabaseMaker) -> None:
+    http = httpx.AsyncClient()
+    await http.aclose()
+    with pytest.raises(PBCachedError, match=r"http_client .* is closed"):
+        await make_database(http_client=http).__aenter__()
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+async def test_an_http_client_closed_too_early_is_said_to_be_closed(
+    make_database: DatabaseMaker, hooks: bool
+) -> None:
+    http = httpx.AsyncClient(event_hooks={"response": [raise_for_status] if hooks else []})
+    async with make_database(http_client=http) as database:
+        items = await items_of(database)
+        await http.aclose()
+        for call in (items.insert_one(item(1)), items.find({}), items.update_one({}, change(rank=1))):
+            with pytest.raises(PBCachedError, match=r"http_client .* is closed"):
+                await call
+
+
+async def raise_for_status(response: httpx.Response) -> None:
+    response.raise_for_status()
+
+
+async def raise_for_status_with_body(response: httpx.Response) -> None:
+    await response.aread()
+    response.raise_for_status()
+
+
+@pytest.mark.parametrize("hook", [raise_for_status, raise_for_status_with_body])
+async def test_an_http_client_whose_hook_raises_for_a_status_changes_no_answer(
+    make_database: DatabaseMaker, hook: Any
+) -> None:
+    hooks = {"response": [hook]}
+    async with httpx.AsyncClient(event_hooks=hooks) as http, make_database(http_client=http) as database:
+        with pytest.raises(CollectionNotFound):
+            await database.get_collection("items", Item, LOADER)
+        items = await items_of(database)
+        await items.ensure_indexes([CollectionIndex(fields=(("name", ASC),), unique=True)])
+        outcomes = await asyncio.gather(
+            *(items.insert_one(item(number, name=str(number % 2))) for number in range(4)), return_exceptions=True
+        )
+        assert [isinstance(outcome, UniqueViolation) for outcome in outcomes] == [False, False, True, True]
+        assert (await items.find({})).total_count == 2
+        assert http.event_hooks["response"] == [hook]
+
+
+async def test_a_sign_in_that_such_a_hook_raises_for_is_refused_with_its_reason(
+    make_database: DatabaseMaker, pocketbase: PocketBaseServer
+) -> None:
+    params = {"url": pocketbase.url, "admin_email": "nobody@example.com", "admin_password": "wrong"}
+    async with httpx.AsyncClient(event_hooks={"response": [raise_for_status]}) as http:
+        with pytest.raises(AuthenticationFailed, match="status 400: Failed to authenticate"):
+            await make_database(connection_params=params, http_client=http).__aenter__()
 
 
 # --- find ---------------------------------------------------------------------------------------------------
@@ -649,7 +749,15 @@ async def test_many_who_delete_share_the_documents(two_servers: tuple[Items, Ite
 
 async def test_a_malformed_filter_is_an_error_everywhere_and_writes_nothing(items: Items) -> None:
     await fill(items, 1)
-    malformed: list[Any] = [{"name": {"$regex": "x"}}, {"name": "x"}, {"$nor": []}, {"name": {"$in": "x"}}]
+    malformed: list[Any] = [
+        {"name": {"$regex": "x"}},
+        {"name": "x"},
+        {"$nor": []},
+        {"name": {"$in": "x"}},
+        {1: {"$eq": 1}},
+        {"$and": [{"id": {"$eq": "x"}}, {None: {"$eq": 1}}]},
+        None,
+    ]
     for where in malformed:
         for call in (
             items.find(where),
@@ -661,4 +769,17 @@ async def test_a_malformed_filter_is_an_error_everywhere_and_writes_nothing(item
         ):
             with pytest.raises(InvalidFilter):
                 await call
+    assert (await items.find({})).items == [item(1)]
+
+
+@pytest.mark.parametrize("document", [None, 5, "text", [("id", "i00001")]])
+async def test_what_is_no_document_is_refused_and_writes_nothing(items: Items, document: Any) -> None:
+    await fill(items, 1)
+    for call in (
+        items.insert_one(document),
+        items.update_one({}, document),
+        items.update_one({"rank": {"$eq": 7}}, document, upsert=True),
+    ):
+        with pytest.raises(InvalidDocument, match=f"not {type(document).__name__}"):
+            await call
     assert (await items.find({})).items == [item(1)]

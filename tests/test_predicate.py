@@ -60,6 +60,8 @@ def test_semantics_beyond_parlants_own(where: dict[str, Any], matches: bool) -> 
         ({"$and": {"a": {"$eq": 1}}}, r"\$and must be a list"),
         ({"a": {"$in": "abc"}}, r"\$in needs a list"),
         ([], "must be a mapping"),
+        ({1: {"$eq": 1}}, "name must be a string, not 1"),
+        ({"$or": [{("a",): {"$eq": 1}}]}, "name must be a string"),
     ],
 )
 def test_a_malformed_filter_is_named(where: Any, complaint: str) -> None:

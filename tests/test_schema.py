@@ -5,21 +5,34 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import httpx
 import pytest
 import pytest_asyncio
 from parlant.core.common import Version
-from parlant.core.persistence.common import ObjectId, SortDirection
-from parlant.core.persistence.document_database import CollectionIndex, DocumentCollection, identity_loader_for
+from parlant.core.persistence.common import ObjectId, SortDirection, Where
+from parlant.core.persistence.document_database import (
+    CollectionIndex,
+    DocumentCollection,
+    identity_loader_for,
+)
 
-from pb_cached import PocketBaseDocumentDatabase, PocketBaseServer
-from pb_cached.errors import ForeignCollection, InvalidFilter, SchemaError, UniqueViolation
+from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    ForeignCollection,
+    InvalidFilter,
+    RequestRejected,
+    SchemaError,
+    UniqueViolation,
+)
 from tests.conftest import DatabaseMaker
+from tests.faults import EVERY, Exchange, FaultProxy, answer, twice
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +93,12 @@ class Dashboard:
         change(collection)
         (await self._http.patch(f"/api/collections/{name}", json=collection)).raise_for_status()
 
+    async def has(self, name: str) -> bool:
+        return (await self._http.get(f"/api/collections/{name}")).is_success
+
+    async def drop(self, name: str) -> None:
+        (await self._http.delete(f"/api/collections/{name}")).raise_for_status()
+
     async def remove_column(self, name: str, column: str) -> None:
         def without(collection: dict[str, Any]) -> None:
             collection["fields"] = [field for field in collection["fields"] if field["name"] != column]
@@ -117,6 +136,19 @@ async def dashboard(pocketbase: PocketBaseServer) -> AsyncIterator[Dashboard]:
 @pytest_asyncio.fixture
 async def notes(database: PocketBaseDocumentDatabase) -> DocumentCollection[Note]:
     return await notes_of(database)
+
+
+class Proxied(NamedTuple):
+    """PocketBase, behind a proxy that sees and may change what is said."""
+
+    proxy: FaultProxy
+    params: dict[str, str]
+
+
+@pytest_asyncio.fixture
+async def proxied(pocketbase: PocketBaseServer) -> AsyncIterator[Proxied]:
+    async with FaultProxy(pocketbase.url) as proxy:
+        yield Proxied(proxy, {**pocketbase.connection_params, "url": proxy.url})
 
 
 @pytest.fixture
@@ -350,16 +382,56 @@ async def test_a_column_removed_while_we_run_swallows_none_of_many_inserts(
     assert (await notes.find({})).items == [note(n) for n in range(20)]
 
 
-async def test_an_update_never_takes_a_removed_column_for_an_empty_one(
-    notes: DocumentCollection[Note], dashboard: Dashboard, table: str
+Read = Callable[[DocumentCollection[Note]], Awaitable[Any]]
+
+READS: dict[str, Read] = {
+    "all": lambda notes: notes.find({}),
+    "by the column": lambda notes: notes.find({"text": {"$eq": ""}}),
+    "a page": lambda notes: notes.find({"stars": {"$gte": 0}}, limit=1),
+    "the first": lambda notes: notes.find_one({"id": {"$eq": "n1"}}),
+    "the first by the column": lambda notes: notes.find_one({}, [("text", SortDirection.ASC)]),
+    "an update": lambda notes: notes.update_one({"id": {"$eq": "n1"}}, cast(Note, {"done": True})),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+async def test_a_read_says_that_a_column_was_removed_and_takes_it_for_no_empty_one(
+    notes: DocumentCollection[Note], dashboard: Dashboard, table: str, read: Read
 ) -> None:
-    await notes.insert_one(note())
+    await dashboard.insert(table, RECORD)
     await dashboard.remove_column(table, "text")
     with pytest.raises(SchemaError, match=r"'?text'?.*removed or renamed"):
-        await notes.find({})
-    with pytest.raises(SchemaError, match="text"):
-        await notes.update_one({"id": {"$eq": "n1"}}, cast(Note, {"text": "new"}))
+        await read(notes)
+    assert "text" not in await dashboard.columns(table)
     assert (await dashboard.records(table))[0]["stars"] == 1
+
+
+RECORD = {
+    "doc_id": "n1",
+    "creation_utc": "2026-01-01T00:00:01+00:00",
+    "version": "1.0.0",
+    "text": "note 1",
+    "stars": 1,
+    "done": True,
+    "about": '{"number":1}',
+    "rev": 1,
+}
+"""`note(1)`, as it was not written by us, so that no cache knows it."""
+
+
+@pytest.mark.parametrize("at", [(1,), EVERY], ids=["once", "ever"])
+async def test_a_refusal_that_no_missing_column_explains_comes_out_as_it_is(
+    make_database: DatabaseMaker, proxied: Proxied, table: str, at: Container[int]
+) -> None:
+    proxy, params = proxied
+    async with make_database(connection_params=params) as database:
+        notes, records = await notes_of(database), f"/api/collections/{table}/records"
+        read = proxy.count("GET", records)
+        proxy.plan("GET", records, answer(400), at=at)
+        with pytest.raises(RequestRejected, match="By order of the test") as refusal:
+            await notes.find({})
+        assert refusal.value.status == 400
+        assert proxy.count("GET", records) == read + 1
 
 
 async def test_opening_brings_a_removed_column_back_and_says_so(
@@ -426,6 +498,143 @@ async def test_a_column_that_somebody_added_stays(
     async with make_database() as database:
         assert await (await notes_of(database, TaggedNote)).find_one({"id": {"$eq": "n1"}}) is not None
         assert "theirs" in await dashboard.columns(table)
+
+
+# --- a collection that others delete ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("others_open", [False, True])
+async def test_a_collection_deleted_by_others_is_said_to_be_and_can_be_made_again(
+    make_database: DatabaseMaker,
+    cache: dict[str, Any],
+    dashboard: Dashboard,
+    table: str,
+    prefix: str,
+    others_open: bool,
+) -> None:
+    config = Config(**cache)
+    async with AsyncExitStack() as stack:
+        if others_open:
+            await stack.enter_async_context(make_database(config=config, collection_prefix=f"{prefix}_other"))
+        database = await stack.enter_async_context(make_database(config=config))
+        notes = await notes_of(database)
+        await dashboard.insert(table, RECORD)
+        await dashboard.drop(table)
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            lambda: notes.insert_one(note()),
+            lambda: notes.find({"text": {"$eq": "x"}}),
+            lambda: notes.find({}, limit=1),
+            lambda: notes.find_one({"id": {"$eq": "n1"}}),
+            lambda: notes.update_one({"id": {"$eq": "n1"}}, cast(Note, {"stars": 2})),
+            lambda: notes.update_one({"id": {"$eq": "n1"}}, note(), upsert=True),
+            lambda: notes.delete_one({"id": {"$eq": "n1"}}),
+        ]
+        for call in calls:
+            with pytest.raises(CollectionNotFound, match="delete_collection"):
+                await call()
+        assert not await dashboard.has(table)
+        with pytest.raises(CollectionNotFound):
+            await database.delete_collection("notes")
+        again: DocumentCollection[Note] = await database.create_collection("notes", Note)
+        assert (await again.find({})).total_count == 0
+        await again.insert_one(note(2))
+        assert (await again.find({})).items == [note(2)]
+
+
+async def test_a_collection_deleted_by_others_can_be_created_without_being_deleted_first(
+    database: PocketBaseDocumentDatabase, notes: DocumentCollection[Note], dashboard: Dashboard, table: str
+) -> None:
+    await notes.insert_one(note())
+    assert (await notes.find({})).items == [note()]
+    await dashboard.drop(table)
+    again: DocumentCollection[Note] = await database.create_collection("notes", Note)
+    assert again is not notes
+    assert (await again.find({})).total_count == 0
+    with pytest.raises(CollectionExists):
+        await database.create_collection("notes", Note)
+
+
+async def test_a_read_never_creates_a_collection(
+    make_database: DatabaseMaker, proxied: Proxied, dashboard: Dashboard, table: str
+) -> None:
+    """Neither where it goes while we look for the reason of a refusal."""
+
+    async def drop_and_refuse(exchange: Exchange) -> None:
+        await dashboard.drop(table)
+        await answer(400)(exchange)
+
+    async with make_database(connection_params=proxied.params) as database:
+        notes = await notes_of(database)
+        proxied.proxy.plan("GET", f"/api/collections/{table}/records", drop_and_refuse)
+        with pytest.raises(CollectionNotFound, match="delete_collection"):
+            await notes.find({})
+    assert not await dashboard.has(table)
+
+
+# --- names of columns -------------------------------------------------------------------------------------
+
+
+def schema_with(*fields: str) -> type[Any]:
+    make_schema: Any = TypedDict
+    types = {"id": ObjectId, "creation_utc": str, "version": Version.String}
+    return cast(type[Any], make_schema("Named", {**types, **dict.fromkeys(fields, str)}))
+
+
+@pytest.mark.parametrize("field", ["x" * 93, "x" * 94, "x" * 100, "f_" + "y" * 96, "ü" * 24, "a-b" * 16])
+async def test_a_field_has_any_name_that_a_column_can_hold(
+    make_database: DatabaseMaker, dashboard: Dashboard, table: str, field: str
+) -> None:
+    document: dict[str, Any] = {"id": "n1", "creation_utc": "2026", "version": "1.0.0", field: "held"}
+    async with make_database() as database:
+        notes = await notes_of(database, schema_with(field))
+        await notes.insert_one(document)
+        assert await notes.find_one(cast(Where, {field: {"$eq": "held"}})) == document
+    columns = await dashboard.columns(table)
+    (column,) = (name for name in columns if len(name) > 50)
+    await dashboard.rename_column(table, column, "renamed")
+    async with make_database() as database:
+        notes = await notes_of(database, schema_with(field))
+        assert await notes.find_one({}) == document
+        assert columns == await dashboard.columns(table)
+        await notes.ensure_indexes([CollectionIndex(fields=((field, SortDirection.ASC),))])
+    assert f"(`{column}`)" in str((await dashboard.collection(table))["indexes"])
+
+
+@pytest.mark.parametrize("field", ["x" * 101, "f_" + "y" * 97, "ü" * 25, "a-b" * 17, "X" * 60])
+async def test_a_field_whose_name_no_column_can_hold_is_refused_at_once(
+    make_database: DatabaseMaker, proxied: Proxied, field: str
+) -> None:
+    proxy, params = proxied
+    async with make_database(connection_params=params) as database:
+        before = len(proxy.exchanges)
+        with pytest.raises(SchemaError, match=rf"field '{field}'.* PocketBase allows 100\b"):
+            await notes_of(database, schema_with("x" * 60, field))
+        assert len(proxy.exchanges) == before
+
+
+async def test_what_pocketbase_finds_invalid_is_not_sent_again_and_its_reason_is_told(
+    make_database: DatabaseMaker, proxied: Proxied
+) -> None:
+    body = b"""{"data":{"fields":{"3":{"name":{"code":"validation_not_today","message":"Another day."}}}},
+        "message":"Failed to create collection.","status":400}"""
+    proxy, params = proxied
+    async with make_database(connection_params=params) as database:
+        created = proxy.count("POST", "/api/collections")
+        proxy.plan("POST", "/api/collections", answer(400, body), at=EVERY)
+        with pytest.raises(SchemaError, match=r"fields\.3\.name: validation_not_today Another day\."):
+            await notes_of(database)
+        assert proxy.count("POST", "/api/collections") == created + 1
+
+
+async def test_a_refusal_because_another_server_was_first_is_no_reason_to_stop(
+    make_database: DatabaseMaker, proxied: Proxied, dashboard: Dashboard, table: str
+) -> None:
+    proxy, params = proxied
+    async with make_database(connection_params=params) as database:
+        proxy.plan("POST", "/api/collections", twice)
+        await (await notes_of(database)).insert_one(note())
+        assert [e.status for e in proxy.matching("POST", "/api/collections")][-1] == 400
+    assert len(await dashboard.records(table)) == 1
 
 
 # --- whose collection is it? -----------------------------------------------------------------------------

@@ -670,7 +670,7 @@ def test_the_same_calls_answer_as_on_parlants_own_stores(
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=15,
+                max_examples=5,
                 stateful_step_count=30,
                 deadline=None,
                 phases=[Phase.generate],  # to shrink a failure takes minutes, and thirty steps can be read

@@ -42,6 +42,8 @@ def compile_where(where: Mapping[str, Any]) -> Predicate:
             join = _all_of if key == "$and" else _any_of
             parts.append(join([compile_where(part) for part in condition]))
             continue
+        if not isinstance(key, str):
+            raise InvalidFilter(f"a field's name must be a string, not {key!r:.60}")
         if key.startswith("$"):
             raise InvalidFilter(f"unknown operator '{key}'; expected one of {', '.join(OPERATORS)}")
         if not isinstance(condition, dict | Mapping):

@@ -7,13 +7,14 @@ nothing of collections or documents.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import httpx
 import msgspec
@@ -23,6 +24,7 @@ from msgspec import Meta, Struct
 from pb_cached.config import Address, PocketBaseSettings, Secret
 from pb_cached.errors import (
     AuthenticationFailed,
+    CollectionNotFound,
     PBCachedError,
     PocketBaseUnavailable,
     RecordNotFound,
@@ -63,8 +65,10 @@ class Verdict(Enum):
     """Refused for who we are: sign in, then send it again."""
 
 
-class FieldProblem(Struct):
-    code: str = ""
+class Problem(Struct, frozen=True):
+    """What is wrong with a part of a request."""
+
+    code: str
     message: str = ""
 
 
@@ -72,21 +76,29 @@ class Refusal(Struct):
     """The body of a refusal. Before 0.23 the status is called `code`."""
 
     message: str = ""
-    data: dict[str, msgspec.Raw] = {}
+    data: dict[str, Any] = {}
 
     @property
-    def codes(self) -> dict[str, str]:
-        found = {}
-        for name, raw in self.data.items():
-            try:
-                found[name] = msgspec.json.decode(raw, type=FieldProblem).code
-            except msgspec.DecodeError:
-                continue
-        return found
+    def problems(self) -> dict[str, Problem]:
+        """By the path of the part, as a field of a collection is a part of a part: `fields.1.name`."""
+        return dict(_problems(self.data, ""))
+
+
+def _problems(parts: dict[str, Any], path: str) -> Iterator[tuple[str, Problem]]:
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            continue
+        if isinstance(code := part.get("code"), str):
+            # PocketBase quotes its database over several lines.
+            yield path + name, Problem(code, " ".join(str(part.get("message", "")).split()))
+        else:
+            yield from _problems(part, f"{path}{name}.")
 
 
 _GATEWAY: Final = frozenset({502, 503, 504})
 """PocketBase itself says none of these; whoever stands before it does, also when an answer was lost."""
+_NO_COLLECTION: Final = frozenset({"Missing collection context.", "Missing or invalid collection context."})
+"""What it says, from 0.23 on, where the collection of a record is not there."""
 _NEVER_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _TOKEN: Final = r"\A[ -~]*\Z"
 """What a header can carry."""
@@ -114,6 +126,7 @@ class PocketBaseClient:
     def __init__(self, http: httpx.AsyncClient, address: Address, settings: PocketBaseSettings, log: Log) -> None:
         self.url = address.url
         self._http = http
+        self._sender = _reading_first(http)
         self._credentials = address.credentials
         self._settings = settings
         self._log = log
@@ -158,9 +171,9 @@ class PocketBaseClient:
             # Said beforehand, as the deadline may end the attempt at any moment.
             in_doubt, known.in_doubt = known.in_doubt, True
             try:
-                response = await self._http.request(
+                response = await self._request(
                     method,
-                    self.url + path,
+                    path,
                     params=params,
                     content=body,
                     headers={**headers, "Authorization": token.reveal()},
@@ -171,6 +184,9 @@ class PocketBaseClient:
                     known.in_doubt = in_doubt
                     raise _Passing from error
                 raise (_Passing if may_repeat else _Final) from error
+            except PBCachedError:
+                known.in_doubt = in_doubt
+                raise
             answer = Answer(response.status_code, response.content, in_doubt)
             meaning = verdict(answer)
             known.in_doubt = in_doubt or meaning is Verdict.DOUBT
@@ -205,22 +221,25 @@ class PocketBaseClient:
 
         Raises:
             RequestRejected: or the subclass that fits.
+            CollectionNotFound: it was about records of a collection that is not there.
         """
         answer = await self.send(method, path, params=params, body=body, repeatable=repeatable)
         if not answer.ok:
-            raise await self.rejection(answer, f"{method} {path}")
+            raise await self.rejection(answer, f"{method} {path}", path)
         if answer.content[:1] not in (b"{", b"[", b""):
             raise _foreign(answer, f"{method} {path}")
         return answer.content
 
-    async def rejection(self, answer: Answer, what: str) -> RequestRejected | AuthenticationFailed:
-        """The error for a refused request."""
+    async def rejection(
+        self, answer: Answer, what: str, path: str = ""
+    ) -> RequestRejected | CollectionNotFound | AuthenticationFailed:
+        """The error for a refused request. The arguments are those of `refused`."""
         if answer.status in (401, 403) and not await self._is_superuser():
             return AuthenticationFailed(
                 f"{what}: PocketBase at {self.url} does not accept the token as a superuser's; "
                 "it may have expired or its password may have been changed"
             )
-        return refused(answer, what)
+        return refused(answer, what, path)
 
     async def _is_superuser(self) -> bool:
         """Ask the endpoint that says 401 to a dead token rather than 403 (facts: pocketbase, section 1)."""
@@ -250,8 +269,8 @@ class PocketBaseClient:
         async def attempt() -> Answer:
             for path in (_SUPERUSERS, _ADMINS):
                 try:
-                    response = await self._http.post(
-                        self.url + path, content=body, headers={"Content-Type": "application/json"}
+                    response = await self._request(
+                        "POST", path, content=body, headers={"Content-Type": "application/json"}
                     )
                 except httpx.RequestError as error:
                     known.trouble = _named(error)
@@ -282,6 +301,17 @@ class PocketBaseClient:
             raise _foreign(answer, what) from error
         self._log.debug("signed in", url=self.url)
         return self._token
+
+    async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """Send it once. The caller's client is no worse for having hooks, and it may be closed at any time."""
+        if self._http.is_closed:
+            raise PBCachedError(
+                "the http_client that the database was given is closed: keep it open for longer than the database"
+            )
+        try:
+            return await self._sender.request(method, self.url + path, **content)
+        except httpx.HTTPStatusError as error:  # by a hook of the caller's
+            return error.response
 
     async def _repeated(
         self, attempt: Callable[[], Awaitable[Answer]], what: str, known: _Known, limit: float, first_wait: float
@@ -314,14 +344,21 @@ class Unreached(PocketBaseUnavailable):
         self.unanswered = unanswered
 
 
-def refused(answer: Answer, what: str) -> RequestRejected:
-    """PocketBase's refusal as an error of ours."""
+def refused(answer: Answer, what: str, path: str = "") -> RequestRejected | CollectionNotFound:
+    """PocketBase's refusal as an error of ours.
+
+    Args:
+        path: of the request. Before 0.23 it alone tells whether a collection or a record was not found.
+    """
     try:
         refusal = _refusal.decode(answer.content)
     except msgspec.DecodeError:
         return _foreign(answer, what)
-    codes = refusal.codes
-    detail = "".join(f"; {name}: {code}" for name, code in codes.items())
+    if answer.status == 404 and (refusal.message in _NO_COLLECTION or path.endswith("/records")):
+        return missing_collection(what)
+    problems = refusal.problems
+    codes = {name: problem.code for name, problem in problems.items()}
+    detail = "".join(f"; {name}: {problem.code} {problem.message}".rstrip() for name, problem in problems.items())
     message = f"{what}: PocketBase answered {answer.status}: {refusal.message}{detail}"
     kind: type[RequestRejected] = RequestRejected
     if answer.status == 404:
@@ -330,6 +367,13 @@ def refused(answer: Answer, what: str) -> RequestRejected:
         kind = UniqueViolation
         codes = {name: code for name, code in codes.items() if code == "validation_not_unique"}
     return kind(message, status=answer.status, codes=codes)
+
+
+def missing_collection(what: str) -> CollectionNotFound:
+    return CollectionNotFound(
+        f"{what}: PocketBase does not have the collection (any more). If it was deleted on purpose, tell the "
+        "database, by delete_collection or by closing it, and open the collection again to have it created"
+    )
 
 
 def _foreign(answer: Answer, what: str) -> RequestRejected:
@@ -357,6 +401,19 @@ def http_client(settings: PocketBaseSettings) -> httpx.AsyncClient:
 def _certificates() -> ssl.SSLContext:
     """Those that httpx would load anew for each client, which takes longer than opening a store."""
     return httpx.create_ssl_context()
+
+
+def _reading_first(http: httpx.AsyncClient) -> httpx.AsyncClient:
+    """The caller's client with its connections, cookies and hooks; the hooks get responses that have been read.
+
+    One that raises, as `raise_for_status` does, makes httpx close the response, and what was not read by then is
+    lost. The caller's own object is left as it is.
+    """
+    if not http.event_hooks["response"]:
+        return http
+    twin = copy.copy(http)
+    twin.event_hooks = {**http.event_hooks, "response": [httpx.Response.aread, *http.event_hooks["response"]]}
+    return twin
 
 
 class _SignedIn(Struct):

@@ -15,7 +15,14 @@ from typing import Final, Literal, Protocol
 import msgspec
 from msgspec import Struct
 
-from pb_cached.errors import DocumentTooLarge, OutcomeUnknown, PBCachedError, RequestRejected, SchemaError
+from pb_cached.errors import (
+    CollectionNotFound,
+    DocumentTooLarge,
+    OutcomeUnknown,
+    PBCachedError,
+    RequestRejected,
+    SchemaError,
+)
 from pb_cached.pocketbase.client import Answer, PocketBaseClient, Unreached, Verdict, by_status, refused
 from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.pocketbase.ids import first_id_at, new_id
@@ -55,7 +62,7 @@ class Reply(Struct, frozen=True):
 class Refused(Exception):
     """PocketBase refused the commit because of one operation. Nothing of it was applied."""
 
-    def __init__(self, index: int, error: RequestRejected) -> None:
+    def __init__(self, index: int, error: RequestRejected | CollectionNotFound) -> None:
         super().__init__(str(error))
         self.index = index
         self.error = error
@@ -267,7 +274,7 @@ class SinglePath:
         for index, operation in enumerate(operations):
             try:
                 replies.append(await self._apply(operation, max(0.1, end - time.monotonic())))
-            except RequestRejected as error:
+            except (RequestRejected, CollectionNotFound) as error:
                 raise Refused(index, error) from error
         return replies
 
@@ -294,8 +301,8 @@ class SinglePath:
             raise OutcomeUnknown(f"{what}: status {answer.status} does not tell whether it was applied")
         if answer.status == 413:
             raise DocumentTooLarge(f"{what}: PocketBase takes no request of {len(operation.body):,} bytes")
-        refusal = refused(answer, what)
-        if operation.method == "POST" and "id" in refusal.codes:
+        refusal = refused(answer, what, operation.path)
+        if operation.method == "POST" and isinstance(refusal, RequestRejected) and "id" in refusal.codes:
             # Ids are ours alone: a record that is there already is our own first attempt.
             found = await self._client.send("GET", f"{operation.path}/{operation.record_id}")
             if found.ok:

@@ -32,8 +32,8 @@ import msgspec
 import typing_extensions
 from msgspec import Struct
 
-from pb_cached.errors import ForeignCollection, SchemaError, named
-from pb_cached.pocketbase.client import Answer, PocketBaseClient
+from pb_cached.errors import ForeignCollection, RequestRejected, SchemaError, named
+from pb_cached.pocketbase.client import Answer, PocketBaseClient, missing_collection
 from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.telemetry import Log
 
@@ -44,11 +44,17 @@ TURN_SECONDS = 60.0
 """A server that holds its turn for longer has died: changing a collection takes milliseconds, but an index over
 millions of records takes seconds."""
 
+NAME_MAX: Final = 100
+"""Characters of a column's name, and of its field id, from 0.23 on. Before it was 255, but a PocketBase may be
+brought up to date."""
+
 _ROUNDS: Final = 12
+_HIDDEN: Final = "f_x"
+"""Before the hexadecimal bytes of a field's name that is no column's."""
 _MARK: Final = "pbc_owner__"
 _LOG: Final = "log"
 _RULES: Final = ("listRule", "viewRule", "createRule", "updateRule", "deleteRule")
-_PLAIN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,79}\Z")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*\Z")
 _RESERVED: Final = frozenset(
     [
         "id",
@@ -97,7 +103,10 @@ class Column(Struct, frozen=True):
 
     @property
     def field_id(self) -> str:
-        return f"{self.kind}_{self.name}"
+        id_ = f"{self.kind}_{self.name}"
+        if len(id_) <= NAME_MAX:
+            return id_
+        return f"{self.kind}_{hashlib.blake2b(self.name.encode(), digest_size=16).hexdigest()}"
 
 
 class IndexSpec(Struct, frozen=True):
@@ -173,7 +182,7 @@ def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]])
     """The collection that holds documents of `schema`.
 
     Raises:
-        SchemaError: the name cannot be a PocketBase collection's.
+        SchemaError: the name cannot be a PocketBase collection's, or a field's cannot be a column's.
     """
     table = _checked_name(f"{prefix}_{name}")
     columns = columns_of(schema)
@@ -192,7 +201,11 @@ def log_collection(prefix: str) -> CollectionSpec:
 
 
 def columns_of(schema: type[Mapping[str, Any]]) -> tuple[Column, ...]:
-    """A column for each field of the TypedDict but `id`, which `doc_id` holds."""
+    """A column for each field of the TypedDict but `id`, which `doc_id` holds.
+
+    Raises:
+        SchemaError: a field's name is too long for a column.
+    """
     columns: list[Column] = []
     taken: set[str] = set()
     for field, annotation in typing_extensions.get_type_hints(schema).items():
@@ -201,6 +214,12 @@ def columns_of(schema: type[Mapping[str, Any]]) -> tuple[Column, ...]:
         name = column_name(field)
         if name.casefold() in taken:  # SQLite's columns do not tell case
             name = _hidden_name(field)
+        if len(name) > NAME_MAX:
+            raise SchemaError(
+                f"field '{field:.120}' cannot have a column: its name would take {len(name)} characters, and "
+                f"PocketBase allows {NAME_MAX}. That is {NAME_MAX} letters, digits and underscores, or "
+                f"{(NAME_MAX - len(_HIDDEN)) // 2} bytes of a name that is not its column's and is written as hex"
+            )
         taken.add(name.casefold())
         columns.append(Column(field, name, kind_of(annotation)))
     return tuple(columns)
@@ -208,7 +227,7 @@ def columns_of(schema: type[Mapping[str, Any]]) -> tuple[Column, ...]:
 
 def column_name(field: str) -> str:
     """The column of a field: its own name where that is free, else one from which it can be told."""
-    if not _PLAIN_NAME.match(field) or "_via_" in field.casefold() or field.startswith("f_x"):
+    if not _PLAIN_NAME.match(field) or "_via_" in field.casefold() or field.startswith(_HIDDEN):
         return _hidden_name(field)
     if field.casefold() in _RESERVED or field.startswith("f_"):
         return f"f_{field}"
@@ -217,16 +236,16 @@ def column_name(field: str) -> str:
 
 def field_name(column: str) -> str:
     """The field that a column holds: `column_name` the other way round."""
-    if column.startswith("f_x"):
+    if column.startswith(_HIDDEN):
         try:
-            return bytes.fromhex(column[3:]).decode()
+            return bytes.fromhex(column.removeprefix(_HIDDEN)).decode()
         except ValueError:
             return column
     return column.removeprefix("f_")
 
 
 def _hidden_name(field: str) -> str:
-    return "f_x" + field.encode("utf-8", "surrogatepass").hex()
+    return _HIDDEN + field.encode("utf-8", "surrogatepass").hex()
 
 
 def kind_of(annotation: Any) -> Kind:
@@ -319,6 +338,23 @@ class SchemaEditor:
         self._dialect = dialect
         self._log = log
 
+    async def require(self, spec: CollectionSpec) -> None:
+        """Is the collection as it was?
+
+        Raises:
+            CollectionNotFound: it is not there.
+            SchemaError: somebody has taken columns away.
+        """
+        found = await self._read(spec.name)
+        if found is None:
+            raise missing_collection(f"look at '{spec.name}'")
+        lacking = [field["name"] for field in self._missing(found, spec)]
+        if lacking:
+            raise SchemaError(
+                f"collection '{spec.name}' lacks the columns {named(lacking)}: were they removed or renamed? "
+                "The next insert, or opening the database again, brings them back"
+            )
+
     async def exists(self, spec: CollectionSpec) -> bool:
         """Is the collection there?
 
@@ -354,10 +390,14 @@ class SchemaEditor:
             SchemaError: PocketBase did not accept, or did not keep, what the collection needs.
         """
         trouble = "its changes were lost again and again to those of other writers"
+        refused = False
+        before: _Collection | None = None
         for round_ in range(_ROUNDS):
             if round_:
                 await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
             found = await self._read(spec.name)
+            if refused and found == before:  # nobody else's change was the reason, so nobody else's will help
+                break
             if found is None:
                 answer = await self._create(spec)
             else:
@@ -365,8 +405,11 @@ class SchemaEditor:
                 if self._is_in_shape(found, spec):
                     return _layout(found, spec)
                 answer = await self._mend(spec, as_it_was, announce=round_ == 0)
+            refused, before = False, found
             if not answer.ok:
-                trouble = str(await self._client.rejection(answer, "last answer"))
+                rejection = await self._client.rejection(answer, "last answer")
+                trouble = str(rejection)
+                refused = isinstance(rejection, RequestRejected) and answer.status == 400 and bool(rejection.codes)
         raise SchemaError(f"collection '{spec.name}' could not be brought into shape: {trouble}")
 
     def _is_in_shape(self, found: _Collection, spec: CollectionSpec) -> bool:

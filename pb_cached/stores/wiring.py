@@ -29,7 +29,14 @@ from parlant.core.sessions import PollingSessionListener, SessionListener, Sessi
 from parlant.core.tracer import Tracer
 
 from pb_cached.cache.stats import Stats
-from pb_cached.config import CoherenceSettings, Config, PocketBaseSettings, environment_is_silent, find_url
+from pb_cached.config import (
+    CoherenceSettings,
+    Config,
+    PocketBaseSettings,
+    checked_config,
+    environment_is_silent,
+    find_url,
+)
 from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, EmbeddedServerError
 from pb_cached.pocketbase.server import PocketBaseServer
@@ -149,7 +156,7 @@ async def open_stores(
         MigrationRequired: (Parlant's) the data is an older version's, and `migrate` under `[stores]` is off.
         PBCachedError: PocketBase cannot be used.
     """
-    settings = config if isinstance(config, Config) else Config.load(config)
+    settings = checked_config(config) if isinstance(config, Config) else Config.load(config)
     log = log_through(logger, settings.logging)
     async with AsyncExitStack() as stack:
         if find_url(settings, connection_params) is None and connection_params is None and environment_is_silent():

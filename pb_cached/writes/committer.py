@@ -20,7 +20,6 @@ from pb_cached.errors import (
     OutcomeUnknown,
     PBCachedError,
     RecordNotFound,
-    RequestRejected,
     UniqueViolation,
 )
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge
@@ -117,6 +116,11 @@ class Committer:
         waiting = [write.outcome for write in (*self._current, *self._queue)]
         if waiting:
             await asyncio.wait(waiting)
+
+    @property
+    def undecided(self) -> int:
+        """How many writes of those submitted so far are not decided."""
+        return sum(not write.outcome.done() for write in (*self._current, *self._queue))
 
     async def settled(self, collection: str) -> None:
         """Return when the commit under way, if it touches this collection, is decided."""
@@ -233,7 +237,7 @@ class Committer:
             for follower in self._followers.get(operation.collection, ()):
                 follower.committed(operation, reply)
 
-    def _tell_refused(self, operation: Operation, error: RequestRejected) -> None:
+    def _tell_refused(self, operation: Operation, error: PBCachedError) -> None:
         for follower in self._followers.get(operation.collection, ()):
             if isinstance(error, RecordNotFound):
                 follower.gone(operation)
