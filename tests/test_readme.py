@@ -49,17 +49,18 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 
 def test_the_examples_are_found() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     assert len(SERVERS) == 2
 
 
 @pytest.mark.parametrize("example", [example for example in EXAMPLES if example not in SERVERS])
-def test_the_database_example_prints_what_the_readme_says(
+def test_an_example_prints_what_the_readme_says(
     example: str, pocketbase: PocketBaseServer, tmp_path: Path
 ) -> None:
     params = pocketbase.connection_params
     result = subprocess.run(
         [sys.executable, "-c", example],
+        cwd=tmp_path,
         env=environment(tmp_path, POCKETBASE_URL=params["url"], POCKETBASE_ADMIN_TOKEN=params["admin_token"]),
         capture_output=True,
         text=True,
