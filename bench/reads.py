@@ -109,7 +109,8 @@ async def compare(sizes: Sequence[int], rounds: int) -> list[Row]:
     rows: list[Row] = []
     for size in sizes:
         async with AsyncExitStack() as stack:
-            server = await stack.enter_async_context(PocketBaseServer(tempfile.mkdtemp()))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pb-cached-bench-"))
+            server = await stack.enter_async_context(PocketBaseServer(folder))
             database = await stack.enter_async_context(
                 PocketBaseDocumentDatabase(None, server.connection_params, config=_exclusive)
             )

@@ -18,9 +18,13 @@ import msgspec
 
 from pb_cached.cache.memory import Memory
 from pb_cached.config import Address, Config
+from pb_cached.errors import ConfigError
 from pb_cached.pocketbase.client import PocketBaseClient, http_client
-from pb_cached.pocketbase.commit import BatchPath, CommitPath, SinglePath
+from pb_cached.pocketbase.codec import all_columns
+from pb_cached.pocketbase.commit import BatchPath, CommitPath, Installation, LogPath, SinglePath
+from pb_cached.pocketbase.commit.installation import drop_orphans
 from pb_cached.pocketbase.dialect import Dialect, probe
+from pb_cached.pocketbase.forms import ArrayForm, Form, RecordForm, commit_layout
 from pb_cached.pocketbase.schema import Layout, SchemaEditor, log_collection
 from pb_cached.reading import CachedReads
 from pb_cached.telemetry import Log
@@ -58,23 +62,59 @@ class Connection:
         making = self._committers.get(prefix)
         if making is not None and not _has_failed(making):
             committer = await asyncio.shield(making)
-            await self._ensure_log(prefix)
+            await committer.path.prepare()
             return committer
         making = self._committers[prefix] = asyncio.create_task(self._new_committer(prefix))
         return await asyncio.shield(making)
 
-    async def _ensure_log(self, prefix: str) -> None:
-        if self.dialect.batch is not None:
-            await self.schema.ensure(log_collection(prefix))
+    async def form(self, prefix: str, collection: str, layout: Layout) -> Form:
+        """How operations on a collection are written; commits can hold them when this returns.
+
+        Raises:
+            SchemaError: the triggers that commits go by cannot be installed.
+        """
+        path = (await self.committer(prefix)).path
+        if not isinstance(path, LogPath):
+            return RecordForm()
+        order = commit_layout(log_collection(prefix).name, collection, all_columns(layout))
+        await path.use(order)
+        return ArrayForm(order)
 
     async def _new_committer(self, prefix: str) -> Committer:
-        await self._ensure_log(prefix)
-        path: CommitPath = SinglePath(self.client)
-        if self.dialect.batch is not None:
-            path = BatchPath(self.client, self.dialect, log_collection(prefix).name, self._server)
+        path = await self._path(prefix)
+        await path.prepare()
+        self._log.info("commit path chosen", log=log_collection(prefix).name, path=path.name)
         committer = Committer(path, self._config.writes, self._log)
         await committer.trim()
         return committer
+
+    async def _path(self, prefix: str) -> CommitPath:
+        """The path that this installation commits by. Where triggers are, no other may be taken."""
+        if self.dialect.family == "0.22":
+            return SinglePath(self.client)
+        log = log_collection(prefix).name
+        sql = self.dialect.sql
+        installation = Installation(self.client, self.schema, prefix, sql, self._log)
+        is_there = await installation.is_there()
+        wanted = "batch" if self._config.pocketbase.native_events else self._config.pocketbase.commit
+        if wanted == "batch" and is_there:
+            raise ConfigError(
+                f"the log '{log}' at {self.client.url} has the log path's triggers: `pb-cached init --uninstall` "
+                'takes them away, when no server is at work; or set commit = "auto" and native_events = false '
+                "under [pocketbase]"
+            )
+        if wanted == "log" and not (is_there or sql):
+            raise ConfigError(
+                'pocketbase.commit = "log" needs the SQL endpoint of PocketBase 0.39 or later, which '
+                f'{self.client.url} does not have, or not for us; set "auto" or "batch"'
+            )
+        if is_there and not sql:
+            self._log.warning("without the SQL endpoint, triggers can be neither verified nor mended", log=log)
+        if is_there or (wanted != "batch" and sql):
+            return LogPath(self.client, self.dialect, log, self._server, installation)
+        if self.dialect.batch is not None:
+            return BatchPath(self.client, self.dialect, self.schema, log_collection(prefix), self._server)
+        return SinglePath(self.client)
 
     def cached(self, collection: str, layout: Layout, make: Callable[[], CachedReads]) -> CachedReads:
         """The cached reads of a collection, made by the first database that asks for them."""
@@ -170,6 +210,8 @@ async def _open(
         manage=config.pocketbase.manage_settings,
         log=log,
     )
+    if dialect.sql:
+        await drop_orphans(client, log)
     log.debug("connected", url=address.url, **msgspec.structs.asdict(dialect))
     return Connection(client, dialect, config, log, users)
 

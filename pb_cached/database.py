@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, ParamSpec, Self, TypeVar, cast
-from weakref import WeakValueDictionary
 
 import httpx
 import msgspec
@@ -32,8 +31,9 @@ from parlant.core.persistence.document_database import (
 )
 
 from pb_cached.cache.collection import CollectionCache, Rule
+from pb_cached.cache.predicate import compile_where
 from pb_cached.cache.rules import indexed_fields, rule_for
-from pb_cached.cache.stats import CollectionStats, Stats
+from pb_cached.cache.stats import CollectionStats
 from pb_cached.config import Config, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
@@ -44,30 +44,31 @@ from pb_cached.errors import (
     InvalidFilter,
     NotCommitted,
     PBCachedError,
-    RecordNotFound,
     RequestRejected,
     SchemaError,
+    StaleRevision,
 )
-from pb_cached.exact import Json
+from pb_cached.exact import Json, loads
 from pb_cached.migrations import Failures, Migration
-from pb_cached.pocketbase.codec import RecordCodec, snapshot
-from pb_cached.pocketbase.commit import Operation
+from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
+from pb_cached.pocketbase.commit import Operation, Reply
 from pb_cached.pocketbase.filters import FilterWriter
-from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
 from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads
 from pb_cached.reading.order import after, position
+from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
-from pb_cached.writes import Committer
+from pb_cached.writes import Committer, Overtaken, RecordChanges, State
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 DEFAULT_PREFIX: Final = "parlant"
 
-_ATTEMPTS: Final = 20
-"""How often an update looks for another match when the one it found was deleted in between."""
+_ATTEMPTS: Final = 1000
+"""How often an update looks for another match when the one it found was taken from it. Each time some other's
+change has succeeded."""
 
 
 class PocketBaseDocumentDatabase(DocumentDatabase):
@@ -175,13 +176,15 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             ) from None
 
     def stats(self) -> Stats:
-        """What the cache holds and has done, over all and by collection. Costs next to nothing."""
-        connection, _ = self._opened()
+        """What the cache holds and has done, over all and by collection, and what was committed. Costs next to
+        nothing."""
+        connection, committer = self._opened()
         collections = {name: collection.stats() for name, collection in self._collections.items()}
         return Stats(
             cache_bytes=connection.memory.bytes,
             cache_max_bytes=connection.memory.max_bytes if self._config.caches else 0,
             collections={name: stats for name, stats in collections.items() if stats is not None},
+            writes=committer.stats(),
         )
 
     async def warm(self, *names: str) -> None:
@@ -268,6 +271,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 self._forget(name, spec)
                 raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
             await committer.flush()
+            await committer.path.leave(spec.name)
             await connection.schema.drop(spec)
             self._forget(name, spec)
 
@@ -295,7 +299,13 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         if indexed := indexed_fields(rule):
             spec = spec.indexed_by(indexed)
         collection: PocketBaseDocumentCollection[TDocument] = PocketBaseDocumentCollection(
-            spec, await self._codec(spec), connection, committer, rule if self._config.caches else None, self._log
+            spec,
+            await self._codec(spec),
+            connection,
+            committer,
+            rule if self._config.caches else None,
+            self._config.writes.deadline,
+            self._log,
         )
         if loader is not None:
             await Migration(
@@ -313,9 +323,11 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         return collection
 
     async def _codec(self, spec: CollectionSpec) -> RecordCodec:
-        connection, _ = self._opened()
+        connection, committer = self._opened()
         layout = await connection.schema.ensure(spec)
-        return RecordCodec(spec.name, layout, self._config.writes.max_document_bytes)
+        form = await connection.form(self._prefix, spec.name, layout)
+        most = min(self._config.writes.max_document_bytes, committer.path.max_bytes)
+        return RecordCodec(spec.name, layout, most, form)
 
     async def _failures(self, name: str) -> Failures:
         spec = document_collection(self._prefix, f"{name}_failed_migrations", BaseDocument)
@@ -332,11 +344,13 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         connection: Connection,
         committer: Committer,
         rule: Rule | None,
+        patience: float,
         log: Log,
     ) -> None:
         """
         Args:
             rule: how the collection is cached; None where every read goes to PocketBase.
+            patience: seconds for which an update is tried again that other servers overtake.
         """
         self.codec = codec
         self.reader = RecordReader(connection.client, connection.dialect, codec)
@@ -347,7 +361,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._log = log
         self._cached = connection.cached(spec.name, codec.layout, partial(self._new_cache, rule)) if rule else None
         self._reads: Reads = self._cached or self._direct()
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._changes = RecordChanges(codec, self._record, self._apply, patience)
         self._closed = False
 
     def _direct(self) -> DirectReads:
@@ -473,18 +487,18 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         _require_filter(filters)
         _require_document(params)
         params = cast(TDocument, snapshot(params))  # the caller may change it while the match is looked for
+        matches = compile_where(filters)
         for _ in range(_ATTEMPTS):
+            since = self._changes.now
             match = await self._read(self._reads.first, filters)
             if match is None:
                 if not upsert:
                     return UpdateResult(True, 0, 0, None)
                 return UpdateResult(True, 0, 0, cast(TDocument, await self._insert(params)))
-            try:
-                updated = await self._update(match, params)
-            except RecordNotFound:  # deleted since it was found: there may be another match
-                continue
-            return UpdateResult(True, 1, 1, cast(TDocument, updated or match.document | params))
-        raise RecordNotFound(f"update in '{self._spec.name}': every match was deleted before it could be updated")
+            with suppress(Overtaken):
+                updated = await self._changes.make(_state(match), since, matches, cast(dict[str, Any], params))
+                return UpdateResult(True, 1, 1, cast(TDocument, updated))
+        raise StaleRevision(f"update in '{self._spec.name}': others were faster with every match", status=409)
 
     async def delete_one(self, filters: Where) -> DeleteResult[TDocument]:
         """Delete the first match.
@@ -494,16 +508,16 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """
         self._require_open()
         _require_filter(filters)
+        matches = compile_where(filters)
         for _ in range(_ATTEMPTS):
+            since = self._changes.now
             match = await self._read(self._reads.first, filters)
             if match is None:
                 return DeleteResult(True, 0, None)
-            try:
-                await self._committer.write(Operation("DELETE", self._spec.name, match.record))
-            except RecordNotFound:
-                continue
-            return DeleteResult(True, 1, cast(TDocument, match.document))
-        raise RecordNotFound(f"delete in '{self._spec.name}': every match was deleted by others first")
+            with suppress(Overtaken):
+                deleted = await self._changes.make(_state(match), since, matches, None)
+                return DeleteResult(True, 1, cast(TDocument, deleted))
+        raise StaleRevision(f"delete in '{self._spec.name}': others were faster with every match", status=409)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -529,41 +543,39 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._require_open()
         _require_document(document)
         self.codec.require(document)
-        record_id = new_id()
-        body, copy = self.codec.encode(document, record_id)
-        return await self._apply(Operation("POST", self._spec.name, record_id, body)) or copy
+        operation = self.codec.insert(document)
+        reply = await self._apply(operation)
+        return self.codec.document(self.codec.row(reply.record)) if reply.record else loads(operation.document)
 
-    async def _update(self, match: Match, params: Mapping[str, Any]) -> dict[str, Json] | None:
-        """Change the named fields of a record. Updates that must change `extra` take turns, each on what the one
-        before it left: of two at once, one would be lost."""
-        body, rests_on_extra = self.codec.encode_update(params, match.document)
-        if not rests_on_extra:
-            return await self._apply(Operation("PATCH", self._spec.name, match.record, body))
-        async with self._turns.setdefault(match.record, asyncio.Lock()):
-            rows = await self._read(self.reader.by_ids, [match.record])
-            if match.record not in rows:
-                raise RecordNotFound(f"update in '{self._spec.name}': the record is gone", status=404)
-            row = rows[match.record]
-            body, _ = self.codec.encode_update(params, self.codec.document(row), row)
-            return await self._apply(Operation("PATCH", self._spec.name, match.record, body))
+    async def _record(self, record_id: str) -> Row | None:
+        """A record that others have changed, as it is now."""
+        row = (await self._read(self.reader.by_ids, [record_id])).get(record_id)
+        if self._cached:
+            self._cached.seen(record_id, row)
+        return row
 
-    async def _apply(self, operation: Operation) -> dict[str, Json] | None:
-        """Commit an insert or an update, and return the document as it is then; None where others have deleted
-        it since.
+    async def _apply(self, operation: Operation) -> Reply:
+        """Commit an operation.
 
         PocketBase drops columns that a collection does not have, and says nothing. So its reply is looked at, and
         where a column is missing it is added and the write repeated, before anybody is told that it is done.
         """
         (reply,) = await self._committer.write(operation)
-        if not reply.record:
-            return None
+        if not reply.record or operation.method == "DELETE":
+            return reply
         try:
-            return self.codec.document(self.codec.row(reply.record))
+            self.codec.row(reply.record)
         except SchemaError:
             await self._connection.schema.ensure(self._spec, as_it_was=True)
+        else:
+            return reply
         again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
         (reply,) = await self._committer.write(again)
-        return self.codec.document(self.codec.row(reply.record))
+        return reply
+
+
+def _state(match: Match) -> State:
+    return State(match.record, match.rev, match.document)
 
 
 def _require_filter(filters: object) -> None:

@@ -42,6 +42,10 @@ class RecordNotFound(RequestRejected):
     """The record to update or delete is not there (any more)."""
 
 
+class StaleRevision(RequestRejected):
+    """A record was changed by others, again and again, while it was updated or deleted. Nothing was written."""
+
+
 class UniqueViolation(RequestRejected):
     """A unique index refused a document. `fields` names the columns that the index covers."""
 
@@ -56,6 +60,10 @@ class OutcomeUnknown(PBCachedError):
 
 class NotCommitted(PBCachedError):
     """The database was closed before a write was committed. Nothing of it was applied."""
+
+
+class QueueFull(PBCachedError):
+    """So many writes were waiting that there was no room for this one until its deadline. Nothing was written."""
 
 
 class SchemaError(PBCachedError):

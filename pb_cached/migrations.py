@@ -28,12 +28,11 @@ from msgspec import Struct
 from parlant.core.common import Version
 from parlant.core.persistence.document_database import BaseDocument
 
-from pb_cached.errors import DocumentTooLarge, InvalidDocument, PBCachedError, RecordNotFound
+from pb_cached.errors import DocumentTooLarge, InvalidDocument, PBCachedError, RecordNotFound, StaleRevision
 from pb_cached.exact import Json, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
 from pb_cached.pocketbase.commit import Operation
 from pb_cached.pocketbase.filters import FilterWriter
-from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import Column, Kind
 from pb_cached.telemetry import Log
@@ -189,8 +188,8 @@ class Migration:
         outcomes = await asyncio.gather(
             *(self._committer.write(*operations) for operations in writes), return_exceptions=True
         )
-        for outcome in outcomes:  # another server, migrating too, may have moved a document first
-            if isinstance(outcome, BaseException) and not isinstance(outcome, RecordNotFound):
+        for outcome in outcomes:  # another server, migrating too, may have moved or changed a document first
+            if isinstance(outcome, BaseException) and not isinstance(outcome, RecordNotFound | StaleRevision):
                 raise outcome
 
     def _is_untold(self, row: Row, document: Mapping[str, Json]) -> bool:
@@ -200,7 +199,7 @@ class Migration:
         return isinstance(version, str) and version != self._told(str(self._codec.held(row, "version")))
 
     def _replacement(self, row: Row, document: Mapping[str, Json]) -> Operation:
-        return Operation("PATCH", self._codec.collection, row.id, self._codec.encode_replacement(document))
+        return self._codec.replacement(row, document)
 
     async def _load(self, row: Row) -> dict[str, Json] | None:
         """What the loader makes of a document; None where it cannot be migrated.
@@ -235,11 +234,9 @@ class Migration:
                 collection=self._codec.collection,
                 into=self._failures.collection,
             )
-        record_id = new_id()
-        body, _ = self._failures.codec.encode(self._codec.document(row), record_id)
         return [
-            Operation("POST", self._failures.collection, record_id, body),
-            Operation("DELETE", self._codec.collection, row.id),
+            self._failures.codec.insert(self._codec.document(row)),
+            self._codec.deletion(row.id, row.rev),
         ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
-from pb_cached.config import CacheSettings, CoherenceSettings
+from pb_cached.config import CacheSettings, CoherenceSettings, PocketBaseSettings
 
 _numbers = itertools.count(1)
 
@@ -46,12 +46,17 @@ DatabaseMaker = Callable[..., PocketBaseDocumentDatabase]
 
 EXCLUSIVE = CoherenceSettings(mode="exclusive")
 CACHES: Mapping[str, Mapping[str, Any]] = {
-    "no cache": {},
+    "no cache": {"pocketbase": PocketBaseSettings(commit="batch")},
     "cache": {"coherence": EXCLUSIVE},
     # Evicts all the time, and reads through what does not fit.
-    "tiny cache": {"coherence": EXCLUSIVE, "cache": CacheSettings(max_bytes=4_000)},
+    "tiny cache": {
+        "coherence": EXCLUSIVE,
+        "cache": CacheSettings(max_bytes=4_000),
+        "pocketbase": PocketBaseSettings(commit="batch"),
+    },
 }
-"""How a database may be configured to read. All answers must be the same."""
+"""How a database may be configured to read, and to write: by default commits go by the log. All answers must be
+the same."""
 
 
 @pytest.fixture(params=CACHES)

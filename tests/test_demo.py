@@ -26,7 +26,6 @@ from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import BaseDocument
 
 from pb_cached import PocketBaseDocumentDatabase, PocketBaseServer
-from pb_cached.cache.stats import Stats
 from pb_cached.cli import main
 from pb_cached.cli.demo import records
 from pb_cached.cli.demo.conversation import MESSAGES, Conversation, Snapshot, differences
@@ -35,7 +34,9 @@ from pb_cached.cli.demo.show import Show
 from pb_cached.cli.demo.visit import ADDRESS, visit
 from pb_cached.cli.interruption import unwinding
 from pb_cached.pocketbase import superuser
+from pb_cached.stats import Stats
 from pb_cached.stores import StoresStats
+from pb_cached.writes.stats import WriteCounters
 
 SECONDS = 60.0
 
@@ -334,7 +335,8 @@ def test_output_of_any_encoding_is_good_enough(
         pass
     show.turn(MESSAGES[2], MESSAGES[2], 1.0)
     show.comparison({"events": {}}, {"events": {}}, ["events: \u201e1\u201c is gone"])
-    empty = Stats(cache_bytes=0, cache_max_bytes=0, collections={})
+    writes = WriteCounters().snapshot("log", 0, 0)
+    empty = Stats(cache_bytes=0, cache_max_bytes=0, collections={}, writes=writes)
     show.cache(StoresStats(sessions=empty, customers=empty, variables=empty))
     show.verdict(True, 1)
     show.failure("something", "\u2026")

@@ -303,8 +303,10 @@ def test_of_plain_records_an_exact_filter_lets_through_just_the_matches(
         return [row async for row in collection.reader.all(filters)]
 
     everything = runner.run(rows(("",)))
-    plain = [row for row in everything if not row.extra]
-    assert 20 < len(plain) < len(everything)
+    while len(plain := [row for row in everything if not row.extra]) <= 20:  # chance may have sent few
+        documents += filled(runner.run, collection)
+        everything = runner.run(rows(("",)))
+    assert len(plain) < len(everything)
 
     @settings(BOUNDED, max_examples=400)
     @given(wheres, st.data())

@@ -278,7 +278,7 @@ async def test_changing_the_parameters_of_an_update_while_it_is_sent_changes_not
     params: dict[str, Any] = {"data": {"list": [1]}}
 
     async def spoil_in_flight(request: httpx.Request) -> None:
-        if request.url.path == "/api/batch" and b'"PATCH"' in request.content:
+        if request.url.path.endswith("_log/records") and b'\\"u\\":' in request.content:
             params["data"]["list"].append("spoiled")
 
     http = httpx.AsyncClient(event_hooks={"request": [spoil_in_flight]}, trust_env=False)

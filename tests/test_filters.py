@@ -11,11 +11,12 @@ from parlant.core.persistence.common import Cursor, ObjectId, Where
 from pb_cached.pocketbase.codec import RecordCodec
 from pb_cached.pocketbase.dialect import BatchLimits, Dialect
 from pb_cached.pocketbase.filters import FilterWriter
+from pb_cached.pocketbase.forms import RecordForm
 from pb_cached.pocketbase.schema import Layout, columns_of
 from pb_cached.reading.order import after
 from tests.strategies import Sample
 
-COLUMNS = RecordCodec("samples", Layout(columns_of(Sample), ()), 1_000_000).columns
+COLUMNS = RecordCodec("samples", Layout(columns_of(Sample), ()), 1_000_000, RecordForm()).columns
 NEWEST = FilterWriter(COLUMNS, Dialect("0.23", BatchLimits(), sql=True, escapes=True))
 OLDEST = FilterWriter(COLUMNS, Dialect("0.22", None, sql=False, escapes=False))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Protocol, Self, TypedDict, cast
 
 import httpx
@@ -240,8 +241,9 @@ async def test_documents_without_a_time_come_first_and_are_paged_through_without
     """A store's loader never sees those of its own version, so they stay as they were seeded."""
     timeless = [undated(dish, version="2.0.0") for dish in "abcde"]
     timely = [recipe(1, id="a"), recipe(2, id="z")]
+    make_database = partial(make_database, config=Config(**cache))
     await seed(make_database, "2.0.0", *timely, *timeless[::-1])
-    async with make_database(config=Config(**cache)) as database:
+    async with make_database() as database:
         collection = await database.get_collection("recipes", UNDATED, identity_loader)
         seen: list[Any] = []
         page = await collection.find({}, limit=2)

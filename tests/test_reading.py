@@ -19,7 +19,14 @@ from pb_cached.cache.collection import Rule
 from pb_cached.cache.rules import rule_for
 from pb_cached.cache.stats import CollectionStats
 from pb_cached.config import CacheSettings, CollectionSettings, WriteSettings
-from pb_cached.errors import CollectionNotFound, ConfigError, InvalidFilter, OutcomeUnknown, PBCachedError
+from pb_cached.errors import (
+    CollectionNotFound,
+    ConfigError,
+    InvalidFilter,
+    OutcomeUnknown,
+    PBCachedError,
+    RequestRejected,
+)
 from tests.conftest import EXCLUSIVE, DatabaseMaker
 from tests.faults import EVERY, Exchange, FaultProxy, Gate, answer, cut_after
 
@@ -70,6 +77,7 @@ class Scene:
         self.proxy = proxy
         self.lines = lines
         self.path = f"/api/collections/{prefix}_events/records"
+        self.commits = f"/api/collections/{prefix}_log/records?"
 
     @property
     def stats(self) -> CollectionStats:
@@ -220,10 +228,25 @@ async def test_writes_show_without_asking_again(scene: Scene) -> None:
     assert scene.asked() == before
 
 
+async def test_ids_that_are_looked_for_at_once_share_requests(scene: Scene) -> None:
+    """Of an id alone it is not known in which partition its document is."""
+    ids = [f"s1-{number}" for number in range(3)] + ["nobody", "nothing"]
+    asked, found = await scene.asks(asyncio.gather(*(scene.first(id_) for id_ in ids * 20)))
+    assert asked == 2, "where they are, and the partition"
+    assert found == [line(0), line(1), line(2), None, None] * 20
+
+
+async def test_a_failed_search_for_an_id_is_told_and_not_kept(scene: Scene, proxy: FaultProxy) -> None:
+    proxy.plan("GET", scene.path, answer(500), at=(1,))
+    outcomes = await asyncio.gather(*(scene.first("s1-1") for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(outcome, RequestRejected) for outcome in outcomes)
+    assert await scene.first("s1-1") == line(1)
+
+
 async def test_a_write_whose_caller_left_shows_when_it_is_committed(scene: Scene, proxy: FaultProxy) -> None:
     await scene.numbers()
     gate = Gate()
-    proxy.plan("POST", "/api/batch", gate)
+    proxy.plan("POST", scene.commits, gate)
     caller = asyncio.create_task(scene.lines.insert_one(line(3)))
     await gate.reached.wait()
     caller.cancel()
@@ -235,7 +258,7 @@ async def test_a_write_whose_caller_left_shows_when_it_is_committed(scene: Scene
 
 async def test_a_refused_write_leaves_the_cache_as_it_was(scene: Scene, proxy: FaultProxy) -> None:
     await scene.numbers()
-    proxy.plan("POST", "/api/batch", answer(500), at=EVERY)
+    proxy.plan("POST", scene.commits, answer(500), at=EVERY)
     with pytest.raises(PBCachedError):
         await scene.lines.insert_one(line(3))
     assert await scene.asks(scene.numbers()) == (0, [0, 1, 2])
@@ -244,7 +267,7 @@ async def test_a_refused_write_leaves_the_cache_as_it_was(scene: Scene, proxy: F
 async def test_what_may_have_been_written_is_not_answered_from_memory(make: SceneMaker, proxy: FaultProxy) -> None:
     scene = await make(writes=WriteSettings(deadline=0.5))
     await scene.numbers("s1"), await scene.numbers("s2")
-    proxy.plan("POST", "/api/batch", cut_after, at=EVERY)
+    proxy.plan("POST", scene.commits, cut_after, at=EVERY)
     with pytest.raises(OutcomeUnknown):
         await scene.lines.insert_one(line(3))
     assert await scene.asks(scene.numbers("s1")) == (1, [0, 1, 2, 3])
@@ -257,7 +280,7 @@ async def test_an_update_that_may_have_moved_a_record_makes_all_partitions_doubt
 ) -> None:
     scene = await make(writes=WriteSettings(deadline=0.5))
     await scene.numbers("s1"), await scene.numbers("s2")
-    proxy.plan("POST", "/api/batch", cut_after, at=EVERY)
+    proxy.plan("POST", scene.commits, cut_after, at=EVERY)
     with pytest.raises(OutcomeUnknown):
         await scene.lines.update_one(by_id("s1-2"), change(session_id="s2", offset=3))
     assert sorted(await scene.numbers("s2")) == [0, 1, 2, 3]
@@ -277,7 +300,7 @@ async def test_whoever_read_pocketbase_never_finds_the_cache_to_be_older(scene: 
         for piece in pieces:
             await exchange.send(piece)
 
-    proxy.plan("POST", "/api/batch", slowly)
+    proxy.plan("POST", scene.commits, slowly)
     write = asyncio.create_task(scene.lines.update_one(by_id("s1-0"), change(text="new")))
     await applied.wait()
 
@@ -566,7 +589,7 @@ async def test_no_reader_ever_sees_an_older_state_than_before(
         else:
             await exchange.forward()
 
-    proxy.plan("POST", "/api/batch", disturb, at=EVERY)
+    proxy.plan("POST", scene.commits, disturb, at=EVERY)
     proxy.plan("GET", scene.path, disturb, at=EVERY)
 
     async def write(counter: str) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypedDict, cast
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 from parlant.core.common import Version
@@ -131,6 +132,18 @@ async def dashboard(pocketbase: PocketBaseServer) -> AsyncIterator[Dashboard]:
     headers = {"Authorization": pocketbase.connection_params["admin_token"]}
     async with httpx.AsyncClient(base_url=pocketbase.url, headers=headers, trust_env=False) as http:
         yield Dashboard(http)
+
+
+@pytest.fixture
+def make_database(make_database: DatabaseMaker) -> DatabaseMaker:
+    """Of the batch path, whose columns nothing holds; what triggers make of it stands in `test_log_path`."""
+
+    def make(**options: Any) -> PocketBaseDocumentDatabase:
+        config = options.pop("config", Config())
+        batch = msgspec.structs.replace(config.pocketbase, commit="batch")
+        return make_database(config=msgspec.structs.replace(config, pocketbase=batch), **options)
+
+    return make
 
 
 @pytest_asyncio.fixture

@@ -26,14 +26,3 @@ class CollectionStats(Struct, frozen=True, kw_only=True):
     """In memory now."""
     bytes: int
     """Taken by them, overhead included."""
-
-
-class Stats(Struct, frozen=True, kw_only=True):
-    """A database. `msgspec.to_builtins` makes a dict of it."""
-
-    cache_bytes: int
-    """Taken by the cache that all databases of this PocketBase share, their documents included."""
-    cache_max_bytes: int
-    """The most that it may take; 0 where nothing is cached."""
-    collections: dict[str, CollectionStats]
-    """By the collections that are open and cached."""

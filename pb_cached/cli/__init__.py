@@ -35,3 +35,24 @@ def demo(keep: Path | None, turns: int) -> None:
         from pb_cached.cli.demo.run import run
 
         raise SystemExit(run(keep, turns))
+
+
+@main.command()
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="A TOML file; else PB_CACHED_CONFIG.",
+)
+@click.option(
+    "--uninstall",
+    is_flag=True,
+    help="Take our triggers away from PocketBase, so that commits can go by its batch API. The data stays.",
+)
+def init(config: Path | None, uninstall: bool) -> None:
+    """Create all collections of Parlant's stores, with what commits go by, as the first start would.
+
+    With --uninstall, take the triggers away again, when no server is at work.
+    """
+    from pb_cached.cli.init import run
+
+    raise SystemExit(run(config, uninstall))

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
 from msgspec import Struct
 
 from pb_cached.errors import DocumentTooLarge, InvalidDocument, SchemaError, named
 from pb_cached.exact import Json, dumps, loads
+from pb_cached.pocketbase.commit.interface import Operation
+from pb_cached.pocketbase.forms import Form
+from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.schema import Column, Kind, Layout
 
 SAFE_INTEGER: Final = 2**53
@@ -143,14 +146,19 @@ def image(value: Json, kind: Kind) -> tuple[Json, bool]:
 # --- records -----------------------------------------------------------------------------------------------
 
 
+def all_columns(layout: Layout) -> tuple[Column, ...]:
+    """The columns that hold fields, that of the `id` first."""
+    return (Column("id", "doc_id", Kind.TEXT), *layout.declared, *layout.undeclared)
+
+
 class RecordCodec:
     """Encodes and decodes the documents of one collection. Immutable."""
 
-    def __init__(self, collection: str, layout: Layout, max_document_bytes: int) -> None:
+    def __init__(self, collection: str, layout: Layout, max_document_bytes: int, form: Form) -> None:
         self.collection = collection
         self.layout = layout
-        id_ = Column("id", "doc_id", Kind.TEXT)
-        self._all = (id_, *layout.declared, *layout.undeclared)
+        self._form = form
+        self._all = all_columns(layout)
         self._demanded = ("id", *(column.field for column in layout.declared))
         self.columns: Mapping[str, Column] = {column.field: column for column in self._all}
         self._max_bytes = max_document_bytes
@@ -174,45 +182,75 @@ class RecordCodec:
                 f"expected {named(self._demanded, 30)}"
             )
 
-    def encode(self, document: Mapping[str, Any], record_id: str) -> tuple[bytes, dict[str, Json]]:
-        """The body that creates a record for a document, and the document as it will be read.
+    def insert(self, document: Mapping[str, Any]) -> Operation:
+        """The operation that creates a record for a document.
 
         Raises:
             InvalidDocument: a value is not JSON.
             DocumentTooLarge: it exceeds `max_document_bytes`.
         """
-        copy = snapshot(document)
-        return self._sized({"id": record_id, **self._columns_of(copy), "rev": 1}, copy), copy
+        copy, record_id = snapshot(document), new_id()
+        body = self._sized(self._form.insert(record_id, self._columns_of(copy)), copy)
+        return self._operation("POST", record_id, 0, body, copy)
 
-    def encode_update(
-        self, params: Mapping[str, Any], document: Mapping[str, Json], row: Row | None = None
-    ) -> tuple[bytes, bool]:
-        """The body that changes the named fields of a record that holds `document`, and no others.
+    def update(
+        self,
+        record_id: str,
+        rev: int,
+        document: Mapping[str, Json],
+        params: Mapping[str, Json],
+        row: Row | None = None,
+    ) -> Operation | None:
+        """The operation that changes the named fields of a record that holds `document`, and no others.
 
-        `extra` is written only where it changes: it is one column, and belongs to all fields. Whether it is
-        written is the second of what is returned: such an update must be encoded for the record's row as it is
-        now, as only that tells what `extra` really holds.
+        `extra` is written only where it changes: it is one column, and belongs to all fields. Such an update must
+        be encoded for the record's row as it is now, as only that tells what `extra` really holds.
+
+        Args:
+            params: a `snapshot`.
+
+        Returns:
+            None where `extra` changes, and no row is given.
 
         Raises:
-            InvalidDocument, DocumentTooLarge: as `encode`.
+            DocumentTooLarge: as `insert`.
         """
-        copy = snapshot(params)
-        columns, new = self._images(copy)
+        columns, new = self._images(params)
         old = self._whole(document)[1] if row is None else self._extra_of(row)
         merged = Extra(
-            values={k: v for k, v in old.values.items() if k not in copy} | new.values,
-            missing=[field for field in old.missing if field not in copy],
+            values={k: v for k, v in old.values.items() if k not in params} | new.values,
+            missing=[field for field in old.missing if field not in params],
         )
         if (text := _extra_text(merged)) != _extra_text(old):
+            if row is None:
+                return None
             columns["extra"] = text
-        columns["rev+"] = 1
-        return self._sized(columns, copy), "extra" in columns
+        body = self._sized(self._form.update(record_id, rev, columns), params)
+        return self._operation("PATCH", record_id, rev, body, {**document, **params})
 
-    def encode_replacement(self, document: Mapping[str, Any]) -> bytes:
-        """The body that makes a record hold this document and nothing else. Raises as `encode`."""
+    def replacement(self, row: Row, document: Mapping[str, Any]) -> Operation:
+        """The operation that makes a record hold this document and nothing else. Raises as `insert`."""
         copy = snapshot(document)
         defaults = {column.name: column.kind.default for column in self._all}
-        return self._sized(defaults | self._columns_of(copy) | {"rev+": 1}, copy)
+        body = self._sized(self._form.update(row.id, row.rev, defaults | self._columns_of(copy)), copy)
+        return self._operation("PATCH", row.id, row.rev, body, copy)
+
+    def deletion(self, record_id: str, rev: int) -> Operation:
+        """The operation that deletes a record."""
+        body = self._form.delete(record_id, rev)
+        return Operation(
+            "DELETE",
+            self.collection,
+            record_id,
+            b"" if body is None else _encode(body),
+            rev,
+            layout=self._form.layout,
+        )
+
+    def _operation(
+        self, method: Literal["POST", "PATCH"], record_id: str, rev: int, body: bytes, document: Mapping[str, Json]
+    ) -> Operation:
+        return Operation(method, self.collection, record_id, body, rev, dumps(document), self._form.layout)
 
     def _columns_of(self, copy: Mapping[str, Json]) -> dict[str, Json]:
         """The columns, `extra` among them, of a whole document."""
@@ -239,13 +277,14 @@ class RecordCodec:
                 extra.values[field] = value
         return columns, extra
 
-    def _sized(self, body: dict[str, Json], copy: Mapping[str, Json]) -> bytes:
+    def _sized(self, body: Json, copy: Mapping[str, Json]) -> bytes:
         content = _encode(body)
         if len(content) > self._max_bytes:
             largest = max(copy, key=lambda field: len(dumps(copy[field])), default="")
             raise DocumentTooLarge(
                 f"collection '{self.collection}': the document takes {len(content):,} bytes, most of them in "
-                f"'{largest}'; at most {self._max_bytes:,} are allowed (max_document_bytes under [writes]). "
+                f"'{largest}'; at most {self._max_bytes:,} are allowed (max_document_bytes under [writes], or "
+                "what PocketBase's batch API takes). "
                 "Nothing was written"
             )
         return content

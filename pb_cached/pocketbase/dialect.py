@@ -10,7 +10,6 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
-from pb_cached.errors import RequestRejected
 from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.telemetry import Log
 
@@ -36,7 +35,7 @@ class Dialect(Struct, frozen=True):
     family: Literal["0.22", "0.23"]
     """`0.23` stands for everything since: collections have `fields` in place of `schema`, and `_superusers`."""
     batch: BatchLimits | None
-    """None: there is no batch API, each write is a request of its own."""
+    """None: there is no batch API, or we may not use it."""
     sql: bool
     """`POST /api/sql`, from 0.39."""
     escapes: bool
@@ -73,7 +72,6 @@ async def probe(client: PocketBaseClient, *, max_requests: int, manage: bool, lo
         manage: may settings be changed?
 
     Raises:
-        RequestRejected: the batch API is off and has to stay off.
         AuthenticationFailed: the credentials are not a superuser's.
     """
     await client.call("GET", "/api/collections", params={"perPage": 1})
@@ -88,21 +86,29 @@ async def probe(client: PocketBaseClient, *, max_requests: int, manage: bool, lo
     )
 
 
-async def _batch(client: PocketBaseClient, wanted: int, manage: bool, log: Log) -> BatchLimits:
-    read = msgspec.json.decode(await client.call("GET", "/api/settings"), type=_Settings)
-    limits = read.batch or BatchLimits()
-    if limits.enabled and (limits.max_requests >= wanted or not manage):
+async def _batch(client: PocketBaseClient, wanted: int, manage: bool, log: Log) -> BatchLimits | None:
+    """The batch API's limits; None where it is off and has to stay off."""
+    answer = await client.send("GET", "/api/settings")
+    limits = (msgspec.json.decode(answer.content, type=_Settings).batch if answer.ok else None) or BatchLimits()
+    if limits.enabled and limits.max_requests > 1 and (limits.max_requests >= wanted or not manage):
         return limits
-    if not manage:
-        raise RequestRejected(
-            f"PocketBase at {client.url} has its batch API switched off, and manage_settings forbids us to switch "
-            "it on: enable it in the dashboard under Settings, or set manage_settings = true under [pocketbase]",
-            status=403,
-        )
-    change = {"batch": {"enabled": True, "maxRequests": max(wanted, limits.max_requests)}}
-    changed = await client.call("PATCH", "/api/settings", body=msgspec.json.encode(change), repeatable=True)
-    log.info("batch API configured", url=client.url, max_requests=change["batch"]["maxRequests"])
-    return msgspec.json.decode(changed, type=_Settings).batch or limits
+    reason = "manage_settings is false"
+    if manage:
+        change = {"batch": {"enabled": True, "maxRequests": max(wanted, limits.max_requests)}}
+        answer = await client.send("PATCH", "/api/settings", body=msgspec.json.encode(change), repeatable=True)
+        if answer.ok:
+            log.info("batch API configured", url=client.url, max_requests=change["batch"]["maxRequests"])
+            return msgspec.json.decode(answer.content, type=_Settings).batch or limits
+        reason = str(await client.rejection(answer, "PATCH /api/settings"))
+    if limits.enabled and limits.max_requests > 1:  # the commit's own record takes one
+        return limits
+    log.warning(
+        "the batch API is off, or takes one request at a time, and we may not change that: where there is no log "
+        "path either, each write is a request of its own",
+        url=client.url,
+        reason=reason,
+    )
+    return None
 
 
 async def _escapes(client: PocketBaseClient) -> bool:

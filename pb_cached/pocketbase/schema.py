@@ -114,6 +114,8 @@ class IndexSpec(Struct, frozen=True):
 
     columns: tuple[tuple[str, bool], ...]
     unique: bool = False
+    where: str = ""
+    """SQL that tells which records it covers; empty for all of them."""
 
     def name(self, collection: str) -> str:
         parts = "_".join(name + ("_desc" if descending else "") for name, descending in self.columns)
@@ -126,9 +128,8 @@ class IndexSpec(Struct, frozen=True):
 
     def sql(self, collection: str) -> str:
         parts = ", ".join(f"`{name}`" + (" DESC" if descending else "") for name, descending in self.columns)
-        return (
-            f"CREATE {'UNIQUE ' if self.unique else ''}INDEX `{self.name(collection)}` ON `{collection}` ({parts})"
-        )
+        index = f"{'UNIQUE ' if self.unique else ''}INDEX `{self.name(collection)}`"
+        return f"CREATE {index} ON `{collection}` ({parts})" + (f" WHERE {self.where}" if self.where else "")
 
 
 class CollectionSpec(Struct, frozen=True):
@@ -168,6 +169,9 @@ class CollectionSpec(Struct, frozen=True):
 
 DOCUMENT_SYSTEM: Final = (("doc_id", "text"), ("extra", "text"), ("rev", "number"), ("updated", "autodate"))
 LOG_SYSTEM: Final = (("server", "text"), ("n", "number"), ("created", "autodate"))
+BARRED_LOG_SYSTEM: Final = (*LOG_SYSTEM, ("layout", "text"), ("payload", "text"), ("guard", "text"))
+TRIGGERED_LOG_SYSTEM: Final = (*BARRED_LOG_SYSTEM, ("stale", "text"))
+"""What the columns are for that a log has for triggers: see `commit.triggers`."""
 
 
 class Layout(Struct, frozen=True):
@@ -198,6 +202,13 @@ def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]])
 def log_collection(prefix: str) -> CollectionSpec:
     """The log of a database: one record per commit, whose id is the receipt."""
     return CollectionSpec(_checked_name(f"{prefix}_log"), (), (), LOG_SYSTEM, owner=_LOG)
+
+
+def triggered_log_collection(prefix: str) -> tuple[CollectionSpec, CollectionSpec]:
+    """The same for the log path: as it is until its triggers are there, and as it is then."""
+    bar = IndexSpec((("guard", False),), unique=True, where="guard = ''")
+    barred = msgspec.structs.replace(log_collection(prefix), indexes=(bar,), system=BARRED_LOG_SYSTEM)
+    return barred, msgspec.structs.replace(barred, system=TRIGGERED_LOG_SYSTEM)
 
 
 def columns_of(schema: type[Mapping[str, Any]]) -> tuple[Column, ...]:
@@ -355,6 +366,11 @@ class SchemaEditor:
                 "The next insert, or opening the database again, brings them back"
             )
 
+    async def is_whole(self, spec: CollectionSpec) -> bool:
+        """Is the collection there, with all that it needs?"""
+        found = await self._read(spec.name)
+        return found is not None and self._is_in_shape(found, spec)
+
     async def exists(self, spec: CollectionSpec) -> bool:
         """Is the collection there?
 
@@ -416,12 +432,12 @@ class SchemaEditor:
         return not (self._missing(found, spec) or _missing_indexes(found, spec) or found.is_open)
 
     async def _mend(self, spec: CollectionSpec, as_it_was: bool, *, announce: bool) -> Answer:
-        async with self._turn(spec):
+        async with self.turn(spec.log, spec.name):
             found = await self._read(spec.name)
             if found is None or self._is_in_shape(found, spec):
                 return Answer(200, b"")
             missing = self._missing(found, spec, as_it_was)
-            if announce and missing:
+            if announce and missing and spec.owner != _LOG:
                 self._log.warning(
                     "collection lacks columns; adding them",
                     collection=spec.name,
@@ -445,7 +461,7 @@ class SchemaEditor:
         for round_ in range(_ROUNDS):
             if round_:
                 await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
-            async with self._turn(spec):
+            async with self.turn(spec.log, spec.name):
                 found = await self._read(spec.name)
                 if found is None or index.is_among(_index_names(found), spec.name):
                     return
@@ -460,13 +476,17 @@ class SchemaEditor:
         self._log.warning("index refused; going on without it", index=index.name(spec.name), reason=reason)
 
     @asynccontextmanager
-    async def _turn(self, spec: CollectionSpec) -> AsyncIterator[None]:
-        """One server at a time: it holds a record whose id nobody else can create."""
-        if spec.log is None or self._dialect.batch is None:  # before 0.23 there is one server only, and no log
+    async def turn(self, log: str | None, what: str) -> AsyncIterator[None]:
+        """One server at a time: it holds a record in the log whose id nobody else can create.
+
+        Args:
+            what: is changed: the name of a collection.
+        """
+        if log is None or self._dialect.family == "0.22":  # before 0.23 there is one server only, and no log
             yield
             return
-        records = f"/api/collections/{spec.log}/records"
-        lock = "z" + hashlib.blake2b(spec.name.encode(), digest_size=7).hexdigest()  # sorts behind all commits
+        records = f"/api/collections/{log}/records"
+        lock = "z" + hashlib.blake2b(what.encode(), digest_size=7).hexdigest()  # sorts behind all commits
         held = await self._take_turn(records, lock)
         try:
             yield
@@ -477,7 +497,7 @@ class SchemaEditor:
     async def _take_turn(self, records: str, lock: str) -> bool:
         """Wait for our turn. False where there is no log: then nobody can wait for anybody."""
         me = secrets.token_hex(8)
-        body = msgspec.json.encode({"id": lock, "server": me, "n": 0})
+        body = msgspec.json.encode({"id": lock, "server": me, "n": 0, "guard": lock})
         holder, since = "", time.monotonic()
         while True:
             answer = await self._client.send("POST", records, body=body, repeatable=True)

@@ -19,7 +19,7 @@ from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.query import MOST_VALUES, keys_of, least_of, only_key, values_of
 from pb_cached.errors import SchemaError
 from pb_cached.exact import loads
-from pb_cached.pocketbase.codec import RecordCodec
+from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.commit import Operation, Reply
 from pb_cached.reading.direct import DirectReads, Document, Found, Match
 from pb_cached.reading.loads import Loader
@@ -55,7 +55,7 @@ class Candidates(NamedTuple):
         for entry in reversed(self.entries) if last else self.entries:
             document = loads(entry.document)
             if self.matches is None or self.matches(document):
-                return Match(entry.record, document)
+                return Match(entry.record, document, entry.rev)
         return None
 
 
@@ -133,13 +133,19 @@ class CachedReads:
 
     def committed(self, operation: Operation, reply: Reply) -> None:
         """PocketBase has committed an operation on this collection."""
-        if operation.method == "DELETE" or not reply.record:
+        if operation.method == "DELETE" or reply.record == b"":
             self.gone(operation)
-            return
-        try:
-            self.cache.apply(self.loader.state(self._codec.row(reply.record)))
-        except SchemaError:  # somebody has taken a column away, and the write will be repeated
-            self.cache.clear()
+        elif reply.record is None:
+            self.cache.apply(self._state(operation))
+        else:
+            try:
+                self.cache.apply(self.loader.state(self._codec.row(reply.record)))
+            except SchemaError:  # somebody has taken a column away, and the write will be repeated
+                self.cache.clear()
+
+    def seen(self, record: str, row: Row | None) -> None:
+        """This is what PocketBase has of a record that others have changed; None where they have deleted it."""
+        self.cache.apply(State(record, DELETED) if row is None else self.loader.state(row))
 
     def gone(self, operation: Operation) -> None:
         """The operation's record does not exist any more."""
@@ -160,22 +166,18 @@ class CachedReads:
 
     def _touched(self, operation: Operation) -> Sequence[Key] | None:
         """The partitions that an operation changes; None where it may be any."""
-        if operation.method == "POST":
-            try:
-                key = self.loader.state(self._codec.row(operation.body)).key
-            except SchemaError:
+        key = self._state(operation).key if operation.document else None
+        if operation.method != "POST":
+            known = self.cache.key_of(operation.record_id)
+            if known is not None and operation.method == "PATCH" and key != known:
                 return None
-        else:
-            key = self.cache.key_of(operation.record_id)
-            if key is not None and operation.method == "PATCH" and not self._stays(operation, key):
-                return None
+            key = known
         return None if key is None else (key,)
 
-    def _stays(self, operation: Operation, key: Key) -> bool:
-        """Does a change leave its record in this partition?"""
-        columns = loads(operation.body)
-        fields = zip(self.cache.rule.partition_by, self.cache.values(key), strict=True)
-        return all(columns.get(self._codec.columns[field].name, value) == value for field, value in fields)
+    def _state(self, operation: Operation) -> State:
+        """What the record is after an insert or an update."""
+        document = operation.document
+        return self.cache.state(operation.record_id, operation.rev + 1, loads(document), document)
 
     # candidates
 
@@ -270,4 +272,4 @@ class CachedReads:
     async def _located(self, where: Mapping[str, Any]) -> list[Key] | None:
         """The same, as PocketBase has it."""
         ids = self._ids(where)
-        return None if ids is None else await self.loader.locate({"id": {"$in": list(ids)}})
+        return None if ids is None else await self.loader.locate(ids)

@@ -26,10 +26,11 @@ Document = dict[str, Json]
 
 
 class Match(NamedTuple):
-    """A document, and the record that holds it."""
+    """A document, and the record and the revision that hold it."""
 
     record: str
     document: Document
+    rev: int
 
 
 class Found(NamedTuple):
@@ -73,7 +74,7 @@ class DirectReads:
             page = await self._page(narrowed[0], predicate, limit, descending)
             if page is not None:
                 return page
-        found = [document async for _, document in self._matches(narrowed, predicate)]
+        found = [match.document async for match in self._matches(narrowed, predicate)]
         found.sort(key=position, reverse=descending)
         return Found(found if limit is None else found[:limit], len(found))
 
@@ -111,7 +112,7 @@ class DirectReads:
             if alone and predicate(document := self._codec.document(rows[0])):
                 return document
         found = [match async for match in self._matches(narrowed, predicate)]
-        return first_of([document for _, document in sorted(found, key=lambda match: match.record)], sort)
+        return first_of([match.document for match in sorted(found, key=lambda match: match.record)], sort)
 
     async def _page(self, filter_: str, predicate: Predicate, limit: int, descending: bool) -> Found | None:
         """A limited result by PocketBase's own order and count. The filter is exact for plain records. None where
@@ -162,12 +163,12 @@ class DirectReads:
         async for row in self._reader.all(narrowed):
             document = self._codec.document(row)
             if predicate(document):
-                yield Match(row.id, document)
+                yield Match(row.id, document, row.rev)
 
     async def _among(self, rows: Sequence[Row], filter_: str, predicate: Predicate) -> AsyncIterator[Match]:
         for row in rows:
             if predicate(document := self._codec.document(row)):
-                yield Match(row.id, document)
+                yield Match(row.id, document, row.rev)
         if len(rows) == 2:
             async for match in self._matches((filter_,), predicate):
                 yield match

@@ -23,6 +23,8 @@ from pb_cached.telemetry import Log
 
 KEYS_AT_ONCE: Final = 20
 """Partitions that one request asks for. More are hardly cheaper each, and the first waits for the last."""
+IDS_AT_ONCE: Final = 100
+"""Ids whose partitions one request asks for."""
 WARM_SHARE: Final = 0.9
 """How full warming makes the memory: beyond, it would evict what it has just brought."""
 WARM_REPORTS: Final = 5.0
@@ -38,7 +40,8 @@ class Loader:
 
     Mutable state, changed between awaits only: `_wanted`, the keys that the next round of requests asks for;
     `_pending`, what whoever waits for a key waits for, from the moment it is wanted until its request has ended;
-    `_tasks`, the rounds and requests under way.
+    `_tasks`, the rounds and requests under way. `_unsent`, `_sought` and `_asked` are the same for ids of which it
+    is not known what partition they are in: those to be asked for, and what is waited for before and after that.
     """
 
     def __init__(
@@ -57,6 +60,9 @@ class Loader:
         self._wanted: list[Key] = []
         self._pending: dict[Key, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unsent: list[str] = []
+        self._sought: dict[str, asyncio.Future[list[Key | None]]] = {}
+        self._asked: set[asyncio.Future[list[Key | None]]] = set()
 
     async def refresh(self, keys: Sequence[Key]) -> None:
         """Load these partitions, or what is in doubt in them; or wait for whoever does already.
@@ -71,10 +77,47 @@ class Loader:
         for outcome in pending:
             outcome.result()
 
-    async def locate(self, where: Mapping[str, Any]) -> list[Key] | None:
-        """The partitions of the documents that match now; None where one of them cannot be kept."""
-        keys = {state.key: None for state in await self._matching(where)}
+    async def locate(self, ids: Sequence[str]) -> list[Key] | None:
+        """The partitions of the documents that have these ids now; None where one of them cannot be kept.
+
+        Raises:
+            PBCachedError: as `refresh`.
+        """
+        pending = [self._seek(id_) for id_ in ids]
+        await asyncio.wait(pending)
+        keys = dict.fromkeys(key for outcome in pending for key in outcome.result())
         return None if None in keys else [key for key in keys if key is not None]
+
+    def _seek(self, id_: str) -> asyncio.Future[list[Key | None]]:
+        outcome = self._sought.get(id_)
+        if outcome is None:
+            outcome = self._sought[id_] = asyncio.get_running_loop().create_future()
+            if not self._unsent:
+                self._start(self._locate_round())
+            self._unsent.append(id_)
+        return outcome
+
+    async def _locate_round(self) -> None:
+        """Ask for all ids that are sought now. Who seeks one after it was asked for asks anew."""
+        ids, self._unsent = self._unsent, []
+        outcomes = {id_: self._sought.pop(id_) for id_ in ids}
+        groups = [ids[start : start + IDS_AT_ONCE] for start in range(0, len(ids), IDS_AT_ONCE)]
+        self._asked.update(outcomes.values())
+        await asyncio.gather(*(self._locate({id_: outcomes[id_] for id_ in group}) for group in groups))
+
+    async def _locate(self, outcomes: Mapping[str, asyncio.Future[list[Key | None]]]) -> None:
+        found: dict[str, list[Key | None]] = {id_: [] for id_ in outcomes}
+        try:
+            for state in await self._matching({"id": {"$in": list(outcomes)}}):
+                if state.doc_id in found:
+                    found[state.doc_id].append(state.key)
+        except Exception as error:
+            for outcome in outcomes.values():
+                _fail(outcome, error)
+        else:
+            for id_, outcome in outcomes.items():
+                outcome.set_result(found[id_])
+        self._asked.difference_update(outcomes.values())
 
     async def warm(self) -> None:
         """Load the collection, the newest documents first, until it is there or the memory is nearly full."""
@@ -117,9 +160,13 @@ class Loader:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for outcome in self._pending.values():
-            _fail(outcome, PBCachedError("the database was closed while documents were read"))
+        waited_for: list[asyncio.Future[Any]] = [*self._pending.values(), *self._sought.values(), *self._asked]
+        for outcome in waited_for:
+            if not outcome.done():
+                _fail(outcome, PBCachedError("the database was closed while documents were read"))
         self._pending.clear()
+        self._sought.clear()
+        self._unsent.clear()
         self._wanted.clear()
 
     def state(self, row: Row) -> State:
@@ -238,6 +285,6 @@ class Loader:
         return documents > self._cache.rule.max_documents or size > self._cache.max_bytes
 
 
-def _fail(outcome: asyncio.Future[None], error: Exception) -> None:
+def _fail(outcome: asyncio.Future[Any], error: Exception) -> None:
     outcome.set_exception(error)
     outcome.exception()  # that nobody waits any more is no reason for a warning

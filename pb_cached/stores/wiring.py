@@ -28,7 +28,6 @@ from parlant.core.persistence.common import MigrationRequired
 from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
-from pb_cached.cache.stats import Stats
 from pb_cached.config import (
     CoherenceSettings,
     Config,
@@ -40,6 +39,7 @@ from pb_cached.config import (
 from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, EmbeddedServerError
 from pb_cached.pocketbase.server import PocketBaseServer
+from pb_cached.stats import Stats
 from pb_cached.stores.customers import PocketBaseCustomerStore
 from pb_cached.stores.sessions import PocketBaseSessionStore
 from pb_cached.stores.variables import PocketBaseContextVariableStore

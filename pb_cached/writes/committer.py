@@ -19,11 +19,13 @@ from pb_cached.errors import (
     NotCommitted,
     OutcomeUnknown,
     PBCachedError,
+    QueueFull,
     RecordNotFound,
     UniqueViolation,
 )
-from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge
+from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge, Unexplained
 from pb_cached.telemetry import Log
+from pb_cached.writes.stats import WriteCounters, WriteStats
 
 TRIM_EVERY: Final = 1000
 """Commits between two trims of the log."""
@@ -54,12 +56,17 @@ class Follower(Protocol):
 class _Write:
     """Operations that succeed or fail together, and whom to tell."""
 
-    __slots__ = ("operations", "outcome", "size")
+    __slots__ = ("operations", "outcome", "size", "submitted")
 
     def __init__(self, operations: Sequence[Operation], outcome: Outcome) -> None:
         self.operations = operations
         self.outcome = outcome
+        self.submitted = time.monotonic()
         self.size = sum(operation.size for operation in operations)
+
+    def fits(self, other: _Write) -> bool:
+        """Are the operations of both of one layout?"""
+        return len({operation.layout for write in (self, other) for operation in write.operations}) == 1
 
     def succeed(self, replies: list[Reply]) -> None:
         if not self.outcome.done():
@@ -75,18 +82,22 @@ class Committer:
     """The queue of one log, and the one task that empties it.
 
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
-    is something to do), `_closed`, `_followers`. All of it is changed between awaits only.
+    is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
+    no room, in their order), `_closed`, `_followers`. All of it is changed between awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
-        self._path = path
+        self.path = path
         self._settings = settings
         self._log = log
         self._queue: deque[_Write] = deque()
         self._current: list[_Write] = []
         self._task: asyncio.Task[None] | None = None
+        self._records = self._bytes = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = False
-        self._commits = 0
+        self._counters = WriteCounters()
+        self._until_trim = TRIM_EVERY
         self._followers: dict[str, list[Follower]] = {}
 
     def follow(self, collection: str, follower: Follower) -> None:
@@ -101,15 +112,63 @@ class Committer:
         Raises:
             RequestRejected: or a subclass: PocketBase refused one of the operations.
             OutcomeUnknown, PocketBaseUnavailable: no answer until the deadline.
+            QueueFull: there was no room until the deadline.
             NotCommitted: the committer was closed.
         """
+        if self._waiting or self._is_full:
+            await self._room()
         if self._closed:
             raise NotCommitted("the database is closed; nothing was written")
         outcome: Outcome = asyncio.get_running_loop().create_future()
-        self._queue.append(_Write(operations, outcome))
+        write = _Write(operations, outcome)
+        self._queue.append(write)
+        self._records += len(operations)
+        self._bytes += write.size
+        outcome.add_done_callback(lambda _: self._leave(write))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         return await asyncio.shield(outcome)
+
+    @property
+    def _is_full(self) -> bool:
+        """One write always has room, however large it is."""
+        return self._records >= self._settings.max_queued_records or self._bytes >= self._settings.max_queued_bytes
+
+    async def _room(self) -> None:
+        """Wait until there is room in the queue: callers get it in the order in which they came."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(self._settings.deadline):
+                await turn
+        except TimeoutError:
+            raise QueueFull(
+                f"{self._records} records and {self._bytes:,} bytes are waiting to be committed, and there was no "
+                f"room for {self._settings.deadline:g} s (max_queued_records, max_queued_bytes under [writes]); "
+                "nothing was written"
+            ) from None
+        finally:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            self._admit()
+
+    def _admit(self) -> None:
+        """Let in the next one who waits, if there is room, or if there is nothing left to wait for."""
+        if self._waiting and (self._closed or not self._is_full):
+            turn = self._waiting.popleft()
+            if turn.done():
+                self._admit()
+            else:
+                turn.set_result(None)
+
+    def _leave(self, write: _Write) -> None:
+        self._records -= len(write.operations)
+        self._bytes -= write.size
+        self._admit()
+
+    def stats(self) -> WriteStats:
+        """What was committed, and how long that took."""
+        return self._counters.snapshot(self.path.name, self.undecided, self._bytes)
 
     async def flush(self) -> None:
         """Return when every write submitted so far is decided, one way or the other."""
@@ -139,6 +198,7 @@ class Committer:
             NotCommitted: some were not committed within `close_timeout`; names their number and collections.
         """
         self._closed = True
+        self._admit()
         if self._task is None:
             return
         done, _ = await asyncio.wait([self._task], timeout=self._settings.close_timeout)
@@ -161,7 +221,7 @@ class Committer:
         stop."""
         kept = max(self._settings.log_retention, 2 * self._settings.deadline)
         try:
-            await self._path.trim(time.time() - kept)
+            await self.path.trim(time.time() - kept)
         except PBCachedError as error:
             self._log.warning("log not trimmed", reason=str(error))
 
@@ -173,23 +233,24 @@ class Committer:
                 self._current = self._next()
                 await self._commit(self._current)
                 self._current = []
-                self._commits += 1
-                if self._commits % TRIM_EVERY == 0:
+                self._until_trim -= 1
+                if self._until_trim == 0:
+                    self._until_trim = TRIM_EVERY
                     await self.trim()
         finally:
             self._task = None
 
     def _next(self) -> list[_Write]:
         """The writes at the head of the queue that fit into one commit; at least one."""
-        most = min(self._settings.max_commit_records, self._path.max_operations)
-        most_bytes = min(self._settings.max_commit_bytes, self._path.max_bytes)
+        most = min(self._settings.max_commit_records, self.path.max_operations)
+        most_bytes = min(self._settings.max_commit_bytes, self.path.max_bytes)
         taken: list[_Write] = []
         count = size = 0
         while self._queue:
             write = self._queue[0]
             count += len(write.operations)
             size += write.size
-            if taken and (count > most or size > most_bytes):
+            if taken and (count > most or size > most_bytes or not (self.path.mixes or write.fits(taken[0]))):
                 break
             taken.append(self._queue.popleft())
         return taken
@@ -198,24 +259,36 @@ class Committer:
         """Decide every one of these writes. What PocketBase refuses fails alone, the rest is committed anew."""
         while writes:
             operations = [operation for write in writes for operation in write.operations]
+            begun = time.monotonic()
             try:
-                replies = await self._path.commit(operations, deadline=self._settings.deadline)
+                replies = await self.path.commit(operations, deadline=self._settings.deadline)
+                now = time.monotonic()
+                size = sum(write.size for write in writes)
+                waited = now - min(write.submitted for write in writes)
+                self._counters.committed(len(writes), len(operations), size, now - begun, waited)
                 self._tell_committed(operations, replies)
             except Refused as refusal:
-                self._tell_refused(operations[refusal.index], refusal.error)
-                culprit = _owner(writes, refusal.index)
-                culprit.fail(refusal.error)
-                writes = [write for write in writes if write is not culprit]
+                for index, error in refusal.errors.items():
+                    self._tell_refused(operations[index], error)
+                    _owner(writes, index).fail(error)
+                left = [write for write in writes if not write.outcome.done()]
+                self._counters.refused += len(writes) - len(left)
+                self._counters.attempts_more += bool(left)
+                writes = left
                 continue
-            except TooLarge:
+            except (TooLarge, Unexplained) as refusal:
                 if len(writes) > 1:
+                    self._counters.attempts_more += 1
                     middle = len(writes) // 2
                     await self._commit(writes[:middle])
                     writes = writes[middle:]
                     continue
                 writes[0].fail(
-                    DocumentTooLarge(
-                        f"PocketBase takes no request of about {writes[0].size:,} bytes; nothing written"
+                    refusal.error
+                    if isinstance(refusal, Unexplained)
+                    else DocumentTooLarge(
+                        f"write to {_summary(writes)}: PocketBase takes no request of about "
+                        f"{writes[0].size:,} bytes; nothing written"
                     )
                 )
             except Exception as error:
@@ -223,6 +296,7 @@ class Committer:
                     # A bug of ours or of a library must not leave callers waiting for ever.
                     self._log.error("commit failed unexpectedly", error=repr(error))
                 if isinstance(error, OutcomeUnknown) or not isinstance(error, PBCachedError):
+                    self._counters.unknown += 1
                     self._tell_uncertain(operations)
                 for write in writes:
                     write.fail(error)

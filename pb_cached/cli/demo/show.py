@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 
-from pb_cached.cache.stats import Stats
 from pb_cached.cli.demo.visit import Visit
+from pb_cached.stats import Stats
 from pb_cached.stores import StoresStats
 
 

@@ -1,0 +1,225 @@
+"""The log path's triggers in a PocketBase: installed, verified, repaired, removed through its SQL endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from pb_cached.errors import RequestRejected, SchemaError
+from pb_cached.pocketbase.client import Answer, PocketBaseClient
+from pb_cached.pocketbase.commit import triggers
+from pb_cached.pocketbase.commit.interface import records_path
+from pb_cached.pocketbase.commit.triggers import CommitLayout, Found, Trigger
+from pb_cached.pocketbase.schema import SchemaEditor, triggered_log_collection
+from pb_cached.telemetry import Log
+
+MOST_CHARACTERS: int = 4900
+"""Of one call of `/api/sql`; PocketBase allows 5000."""
+_ROWS = 1000
+_ROUNDS = 5
+
+
+class _Result(Struct):
+    rows: list[list[str | None]] = []
+
+
+class _Bar(Struct):
+    layout: str | None = None
+
+
+class Sql:
+    """PocketBase's SQL endpoint (0.39 and later, superusers only)."""
+
+    def __init__(self, client: PocketBaseClient) -> None:
+        self._client = client
+
+    async def select(self, query: str) -> list[list[str]]:
+        """The rows, every value as text; None as an empty one.
+
+        Raises:
+            RequestRejected: PocketBase does not let us, or the query is wrong.
+        """
+        content = await self._client.call("POST", "/api/sql", body=_query(query), repeatable=True)
+        return [[value or "" for value in row] for row in msgspec.json.decode(content, type=_Result).rows]
+
+    async def run(self, statements: Sequence[str]) -> Answer:
+        """Run statements in their order, as few transactions as they fit into. The last answer."""
+        answer = Answer(200, b"")
+        for call in _calls(statements):
+            answer = await self._client.send("POST", "/api/sql", body=_query(call), repeatable=True)
+            if not answer.ok:
+                break
+        return answer
+
+
+class Installation:
+    """What the log path has put into PocketBase for one log.
+
+    Mutable state: `_layouts`, those that this process commits by.
+    """
+
+    def __init__(self, client: PocketBaseClient, schema: SchemaEditor, prefix: str, sql: bool, log: Log) -> None:
+        """
+        Args:
+            sql: may we use the SQL endpoint? Without it nothing can be verified or repaired.
+        """
+        self._client = client
+        self._schema = schema
+        self._barred, self._triggered = triggered_log_collection(prefix)
+        self._name = self._triggered.name
+        self._sql = Sql(client) if sql else None
+        self._log = log
+        self._layouts: dict[str, CommitLayout] = {}
+
+    async def is_there(self) -> bool:
+        """Do commits of this log go by triggers?"""
+        answer = await self._client.send("GET", f"{records_path(self._name)}/{triggers.BAR}")
+        return answer.ok and msgspec.json.decode(answer.content, type=_Bar).layout == ""
+
+    async def prepare(self) -> None:
+        """Make the log what triggers need. Its last column comes when they are there, so whoever finds that in
+        what it has sent knows that it was not swallowed.
+
+        Raises:
+            SchemaError: it cannot be done.
+        """
+        if await self._schema.is_whole(self._triggered):
+            return
+        if self._sql is None:
+            raise SchemaError(
+                f"the log '{self._name}' is not as it must be, and the SQL endpoint, which it takes to mend it, "
+                "is closed to us"
+            )
+        # Commits of the batch path have nothing in the new columns, and there may be many.
+        await self._schema.ensure(msgspec.structs.replace(self._barred, indexes=()))
+        await self._sql.run([triggers.passed(self._name)])
+        await self._schema.ensure(self._barred)
+        await self._repaired(self._sql)
+        await self._schema.ensure(self._triggered)
+
+    async def add(self, layout: CommitLayout) -> None:
+        """See to it that commits of this layout can be made.
+
+        Raises:
+            SchemaError: it cannot be done.
+        """
+        if len(layout.trigger.creation) > MOST_CHARACTERS:
+            raise SchemaError(
+                f"collection '{layout.collection}' has {len(layout.slots)} columns, too many for PocketBase's SQL "
+                'endpoint: set commit = "batch" under [pocketbase]'
+            )
+        self._layouts[layout.key] = layout
+        await self.repair()
+
+    async def leave(self, collection: str) -> None:
+        """Apply no commits to a collection any more: it is about to be deleted."""
+        self._layouts = {k: layout for k, layout in self._layouts.items() if layout.collection != collection}
+        if self._sql is not None:
+            await self._sql.run(triggers.departure(collection, await look(self._sql, self._name)))
+
+    async def repair(self) -> bool:
+        """Make everything as it must be. Tells whether anything was not.
+
+        Raises:
+            SchemaError: PocketBase does not let us.
+        """
+        if self._sql is None:
+            return False
+        try:
+            return await self._repaired(self._sql)
+        except RequestRejected as error:
+            self._log.warning(
+                "the SQL endpoint is closed to us: the triggers that commits go by cannot be verified",
+                log=self._name,
+                reason=str(error),
+            )
+            return False
+
+    async def _repaired(self, sql: Sql) -> bool:
+        """Several servers may be at it: they all want the same. No turn is taken, as that takes a record in the
+        log, and where a collection was deleted, its trigger lets none in."""
+        layouts = tuple(self._layouts.values())
+        answer = Answer(200, b"")
+        for round_ in range(_ROUNDS):
+            statements = triggers.repairs(self._name, layouts, await look(sql, self._name))
+            if not statements:
+                return round_ > 0
+            answer = await sql.run(statements)
+        reason = "they do not stay as they were made" if answer.ok else await self._client.rejection(answer, "SQL")
+        raise SchemaError(f"the triggers of '{self._name}' could not be installed: {reason}")
+
+
+async def look(sql: Sql, log: str) -> Found:
+    """What of ours there is."""
+    found: dict[str, Trigger] = {}
+    tables: set[str] = set()
+    last = ""
+    while True:
+        rows = await sql.select(
+            "SELECT type, name, tbl_name, CASE type WHEN 'trigger' THEN sql END FROM sqlite_master WHERE "
+            f"(type='table' OR (type='trigger' AND name GLOB '{triggers.NAMES}*')) AND name>'{last}' "
+            f"ORDER BY name LIMIT {_ROWS}"
+        )
+        for type_, name, table, text in rows:
+            if type_ == "table":
+                tables.add(name)
+            else:
+                found[name] = Trigger(name, table, text.removeprefix(f"CREATE TRIGGER {name} "))
+        if len(rows) < _ROWS:
+            break
+        last = rows[-1][1]
+    kept: list[list[str]] = []
+    if tables >= {triggers.LOGS, log}:
+        kept = await sql.select(
+            f"SELECT 'log', log FROM {triggers.LOGS} WHERE log='{log}' "
+            f"UNION ALL SELECT 'bar', id FROM `{log}` WHERE id='{triggers.BAR}' AND guard='' AND layout=''"
+        )
+    return Found(
+        triggers=found,
+        tables=frozenset(tables),
+        logs=frozenset(value for kind, value in kept if kind == "log"),
+        barred=frozenset(log for kind, _ in kept if kind == "bar"),
+    )
+
+
+async def drop_orphans(client: PocketBaseClient, log: Log) -> None:
+    """Take away the triggers of collections that others have deleted, before anything else is changed."""
+    sql = Sql(client)
+    try:
+        statements = triggers.orphans(await look(sql, ""))
+        if statements:
+            log.warning("dropping the triggers of collections that were deleted", count=len(statements))
+            await sql.run(statements)
+    except RequestRejected as error:
+        log.warning("the SQL endpoint is closed to us", reason=str(error))
+
+
+async def uninstall(client: PocketBaseClient, logs: Iterable[str]) -> None:
+    """Take all triggers away from these logs and their collections. The data stays.
+
+    Raises:
+        RequestRejected: PocketBase does not let us.
+    """
+    sql = Sql(client)
+    for log in logs:
+        answer = await sql.run(triggers.removal(log, await look(sql, log)))
+        if not answer.ok:
+            raise await client.rejection(answer, f"remove the triggers of '{log}'")
+
+
+def _calls(statements: Sequence[str]) -> Iterator[str]:
+    """As many statements in one call as it may hold."""
+    call = ""
+    for statement in statements:
+        if call and len(call) + len(statement) + 1 > MOST_CHARACTERS:
+            yield call
+            call = ""
+        call = f"{call};{statement}" if call else statement
+    if call:
+        yield call
+
+
+def _query(text: str) -> bytes:
+    return msgspec.json.encode({"query": text})

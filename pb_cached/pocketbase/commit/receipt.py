@@ -1,0 +1,72 @@
+"""The proof that a commit happened: a record in a log, whose id can be created only once."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from pb_cached.errors import OutcomeUnknown
+from pb_cached.pocketbase.client import PocketBaseClient, refused
+from pb_cached.pocketbase.commit.interface import left, records_path
+
+
+class _Entry(Struct):
+    n: int = 0
+
+
+class Receipts:
+    """The receipts of one server's commits to one log, one commit at a time.
+
+    `n` numbers them without gaps: 1, 2, 3 and so on. Mutable state: `_taken`, the last `n` that is taken, or may
+    be.
+    """
+
+    def __init__(self, client: PocketBaseClient, log: str, server: str) -> None:
+        self._client = client
+        self._server = server
+        self._taken = 0
+        self.path = records_path(log)
+
+    @property
+    def next(self) -> int:
+        """The number that the next commit gets."""
+        return self._taken + 1
+
+    def take(self, n: int) -> None:
+        """The numbers up to this one are taken."""
+        self._taken = max(self._taken, n)
+
+    def entry(self, receipt: str, n: int, content: dict[str, str] | None = None) -> bytes:
+        """The JSON of a commit's record in the log."""
+        return msgspec.json.encode({"id": receipt, "server": self._server, "n": n, **(content or {})})
+
+    async def settled(self, receipt: str, in_doubt: bool, end: float) -> bool:
+        """Was the commit applied? Where the answer is no, it cannot be applied later either.
+
+        The receipt's record decides, never the name of the field that a refusal blames (facts: pocketbase,
+        section 11). But looking proves nothing while an attempt may still be on its way: (1) it is sent and gets
+        stuck, (2) it is sent again and refused, (3) what it was refused for goes away, (4) the first one arrives
+        and is applied. So the receipt is used up, by a record whose `n` is 0, before anybody is told that nothing
+        happened.
+
+        Args:
+            in_doubt: an attempt may still be on its way.
+            end: of the monotonic clock, until when to ask.
+        """
+        if in_doubt:
+            body = self.entry(receipt, 0, {"guard": receipt})
+            await self._client.send("POST", self.path, body=body, repeatable=True, deadline=left(end))
+        answer = await self._client.send("GET", f"{self.path}/{receipt}", deadline=left(end))
+        if answer.ok:
+            return msgspec.json.decode(answer.content, type=_Entry).n > 0
+        if in_doubt:
+            raise refused(answer, "read the log")
+        return False
+
+    def unknown(self, writes: int) -> OutcomeUnknown:
+        """The error for a commit of which nothing could be learned. Its number counts as taken: a gap in the
+        numbers can be looked into, two commits of one number cannot."""
+        return OutcomeUnknown(
+            f"{writes} writes were sent to PocketBase at {self._client.url}, but it could not be learned "
+            "in time whether it applied them. Read before you write them again"
+        )

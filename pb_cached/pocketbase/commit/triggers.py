@@ -1,0 +1,272 @@
+"""The SQL of the log path: what makes the records of a log true in the collections beside it.
+
+All of it is named by a digest of what it says, so several schemas of one collection, as the versions of an
+application at work beside each other have them, live side by side; and whatever has another text than its name
+says was changed by others, and is made anew. Nothing depends on who does it, or how often.
+
+Triggers are of four kinds (facts: pocketbase, section 13):
+
+* of a *layout*, on the log: applies commits whose operations have their columns in a certain order. Without it
+  they cannot be made: the log has a unique index over `guard` where that is empty, as it is in every commit and in
+  the one record that bars the way, which a layout's trigger moves aside. So where one is lacking, be it after a
+  backup was restored, commits are refused, and never swallowed;
+* the *gate*, on the log: bars it again after each commit;
+* the *fence*, on the log: refuses commits of the batch path;
+* the *watch*, on a collection: raises `rev` where others write, notes it, and refuses what they write over a state
+  that they have not seen.
+
+No I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from msgspec import Struct
+
+BAR: Final = "zguard000000000"
+"""The record that bars the log."""
+REMOVED: Final = "removed"
+"""The layout that the bar has where our triggers were taken away."""
+LOGS: Final = "pb_cached_logs"
+EDITS: Final = "pb_cached_edits"
+"""Our tables beside PocketBase's collections: which logs apply a commit at this moment, and what others have
+edited."""
+NAMES: Final = "pb_cached_"
+"""What the names of our triggers begin with."""
+STALE: Final = "stale"
+FENCED: Final = "layout"
+BARRED: Final = "guard"
+"""Fields that a log's refusals blame: a revision is another; a commit of the batch path; nothing applies this
+layout."""
+
+TABLES: Final = (
+    f"CREATE TABLE IF NOT EXISTS {LOGS} (log TEXT PRIMARY KEY, applying INTEGER NOT NULL)",
+    f"CREATE TABLE IF NOT EXISTS {EDITS} (n INTEGER PRIMARY KEY AUTOINCREMENT, collection TEXT, record TEXT, "
+    "at TEXT DEFAULT (strftime('%Y-%m-%d %H:%M:%fZ')))",
+)
+
+_NOW: Final = "strftime('%Y-%m-%d %H:%M:%fZ')"
+
+
+class Slot(Struct, frozen=True):
+    """A column, and what it holds where a commit says nothing."""
+
+    column: str
+    default: str
+    """An SQL literal."""
+
+
+class Trigger(Struct, frozen=True):
+    name: str
+    table: str
+    rest: str
+    """All that follows the name."""
+
+    @property
+    def sql(self) -> str:
+        """As SQLite keeps it."""
+        return f"CREATE TRIGGER {self.name} {self.rest}"
+
+    @property
+    def creation(self) -> str:
+        return f"CREATE TRIGGER IF NOT EXISTS {self.name} {self.rest}"
+
+
+class CommitLayout(Struct, frozen=True):
+    """A collection, and the order in which a commit's operations have its columns.
+
+    An insert is `[id, column, ...]`, an update `[id, rev, column, ...]` with null for what it does not name, a
+    deletion `[id, rev]`.
+    """
+
+    log: str
+    collection: str
+    slots: tuple[Slot, ...]
+
+    @property
+    def key(self) -> str:
+        """What a commit calls it by."""
+        return _digest(self._body)
+
+    @property
+    def _body(self) -> str:
+        c, log = self.collection, self.log
+        names = ["id", *(slot.column for slot in self.slots), "rev", "updated"]
+        values = [
+            "value->>0",
+            *(f"ifnull(value->>{n},{slot.default})" for n, slot in enumerate(self.slots, 1)),
+            "1",
+            _NOW,
+        ]
+        changes = [f"`{slot.column}`=ifnull(_v->>{n},`{slot.column}`)" for n, slot in enumerate(self.slots, 2)]
+        stale = _refusal(log, STALE, "changes()<>")
+        return (
+            # Inserting it is refused too, but after what it applies: this says why.
+            f"{_refusal(log, 'id', f'EXISTS (SELECT 1 FROM `{log}` WHERE id=NEW.id)')};\n"
+            f"UPDATE `{log}` SET guard='open' WHERE id='{BAR}';\n"
+            f"UPDATE {LOGS} SET applying=1 WHERE log='{log}';\n"
+            # Deletions first: what is inserted may have what was unique to them.
+            f"DELETE FROM `{c}` WHERE (id,rev) IN "
+            f"(SELECT value->>0,value->>1 FROM jsonb_each(jsonb(NEW.payload),'$.d'));\n"
+            f"{stale}ifnull(json_array_length(NEW.payload,'$.d'),0);\n"
+            f"UPDATE `{c}` SET {','.join(changes)},rev=rev+1,updated={_NOW} "
+            # The columns of json_each have names that fields have too; none of ours begins so.
+            f"FROM (SELECT value _v FROM jsonb_each(jsonb(NEW.payload),'$.u')) WHERE id=_v->>0 AND rev=_v->>1;\n"
+            f"{stale}ifnull(json_array_length(NEW.payload,'$.u'),0);\n"
+            f"INSERT INTO `{c}`({','.join(f'`{name}`' for name in names)}) SELECT {','.join(values)} "
+            f"FROM jsonb_each(jsonb(NEW.payload),'$.c');\n"
+            f"UPDATE {LOGS} SET applying=0 WHERE log='{log}';\n"
+        )
+
+    @property
+    def trigger(self) -> Trigger:
+        head = f"BEFORE INSERT ON `{self.log}` WHEN NEW.layout='{self.key}' BEGIN\n"
+        return Trigger(f"{NAMES}{self.key}", self.log, f"{head}{self._body}END")
+
+
+def guards(log: str) -> list[Trigger]:
+    """The gate and the fence of a log."""
+    return [
+        _named(
+            log,
+            f"AFTER INSERT ON `{log}` WHEN NEW.layout<>'' BEGIN\n"
+            f"UPDATE `{log}` SET guard='passed' WHERE id=NEW.id;\n"
+            f"UPDATE `{log}` SET guard='' WHERE id='{BAR}';\nEND",
+        ),
+        _named(
+            log,
+            f"BEFORE INSERT ON `{log}` WHEN NEW.layout='' AND NEW.n>0 BEGIN\n{_refusal(log, FENCED, '1')};\nEND",
+        ),
+    ]
+
+
+def watch(log: str, collection: str) -> list[Trigger]:
+    """What looks after a collection when others than commits write to it."""
+    c = collection
+    foreign = f"ifnull((SELECT applying FROM {LOGS} WHERE log='{log}'),0)=0"
+    note = f"INSERT INTO {EDITS}(collection,record) VALUES('{c}',"
+    return [
+        # PocketBase writes back the whole row that it has read: what was changed meanwhile shows by the rev.
+        _named(
+            c,
+            f"BEFORE UPDATE OF doc_id ON `{c}` WHEN NEW.rev IS NOT OLD.rev AND {foreign} BEGIN\n"
+            f"{_refusal(c, 'rev', '1')};\nEND",
+        ),
+        _named(
+            c,
+            f"AFTER UPDATE ON `{c}` WHEN NEW.rev IS OLD.rev AND {foreign} BEGIN\n"
+            f"UPDATE `{c}` SET rev=rev+1 WHERE id=NEW.id;\n{note}NEW.id);\nEND",
+        ),
+        _named(
+            c,
+            f"AFTER INSERT ON `{c}` WHEN {foreign} BEGIN\n"
+            f"UPDATE `{c}` SET rev=1 WHERE id=NEW.id AND rev<1;\n{note}NEW.id);\nEND",
+        ),
+        _named(c, f"AFTER DELETE ON `{c}` WHEN {foreign} BEGIN\n{note}OLD.id);\nEND"),
+    ]
+
+
+class Found(Struct, frozen=True):
+    """What of ours there is in the database."""
+
+    triggers: Mapping[str, Trigger]
+    """By name."""
+    tables: frozenset[str]
+    """All tables, PocketBase's collections among them."""
+    logs: frozenset[str]
+    """Those that the table of logs has."""
+    barred: frozenset[str]
+    """Those that have their bar."""
+
+
+def orphans(found: Found) -> list[str]:
+    """The statements that take away the triggers of collections that were deleted.
+
+    While there is one, its log takes no commit, and no table of the whole database can be changed: PocketBase then
+    believes that it has columns which are not there.
+    """
+    return [
+        _drop(trigger)
+        for trigger in found.triggers.values()
+        if (collection := _applies_to(trigger)) and collection not in found.tables
+    ]
+
+
+def departure(collection: str, found: Found) -> list[str]:
+    """The statements that take away what applies commits to a collection, so that it can be deleted."""
+    return [_drop(trigger) for trigger in found.triggers.values() if _applies_to(trigger) == collection]
+
+
+def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str]:
+    """The statements after which commits of these layouts can be made; none where all is as it must be.
+
+    Layouts of others stay, unless they are orphans.
+    """
+    statements = orphans(found)
+    if not {LOGS, EDITS} <= found.tables:
+        statements += TABLES
+    wanted = guards(log)
+    for layout in layouts:
+        if layout.collection in found.tables:
+            wanted += [layout.trigger, *watch(log, layout.collection)]
+    for trigger in wanted:
+        there = found.triggers.get(trigger.name)
+        if there is not None and there.sql != trigger.sql:
+            statements.append(_drop(trigger))
+            there = None
+        if there is None:
+            statements.append(trigger.creation)
+    if log not in found.logs:
+        statements.append(f"INSERT OR IGNORE INTO {LOGS} VALUES('{log}',0)")
+    if log not in found.barred:
+        bar = f"INSERT INTO `{log}`(id,guard) VALUES('{BAR}','')"
+        # Where the gate was lacking, the last commit bars the way.
+        statements.append(passed(log))
+        statements.append(f"{bar} ON CONFLICT(id) DO UPDATE SET guard='',layout=''")
+    return statements
+
+
+def passed(log: str) -> str:
+    """The statement after which no record but the bar bars the log."""
+    return f"UPDATE `{log}` SET guard='passed' WHERE guard='' AND id<>'{BAR}'"
+
+
+def removal(log: str, found: Found) -> list[str]:
+    """The statements that take our triggers away from a log. The data stays, and so does the bar: a server that is
+    still at work would else write where nothing applies it."""
+    if LOGS not in found.tables:
+        return []
+    of_log = [trigger for trigger in found.triggers.values() if trigger.table == log]
+    tables = {log, *map(_applies_to, of_log)}
+    return [
+        *(_drop(trigger) for trigger in found.triggers.values() if trigger.table in tables),
+        f"DELETE FROM {LOGS} WHERE log='{log}'",
+        f"UPDATE `{log}` SET layout='{REMOVED}' WHERE id='{BAR}'",
+    ]
+
+
+def _drop(trigger: Trigger) -> str:
+    return f"DROP TRIGGER IF EXISTS {trigger.name}"
+
+
+def _applies_to(trigger: Trigger) -> str:
+    """The collection that a layout's trigger is for; empty for the other kinds."""
+    _, found, rest = trigger.rest.partition("\nDELETE FROM ")
+    return rest.split(None, 1)[0].strip('`"') if found else ""
+
+
+def _refusal(table: str, column: str, condition: str) -> str:
+    """PocketBase reads the text of a unique index's failure, and tells the column."""
+    return f"SELECT RAISE(ABORT,'UNIQUE constraint failed: {table}.{column}') WHERE {condition}"
+
+
+def _named(table: str, body: str) -> Trigger:
+    name = f"{NAMES}{_digest(body)}"
+    return Trigger(name, table, body)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,144 @@
+"""Which operations a unique index stands against, where PocketBase has refused a commit without saying so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from pb_cached.errors import UniqueViolation
+from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.pocketbase.commit.installation import MOST_CHARACTERS, Sql
+from pb_cached.pocketbase.commit.interface import Operation, Refusal
+from pb_cached.pocketbase.commit.triggers import CommitLayout
+
+_UNIQUE: Final = re.compile(r"CREATE\s+UNIQUE\s+INDEX\b.*\((?P<columns>[^()]*)\)\s*\Z", re.IGNORECASE | re.DOTALL)
+_COLUMN: Final = re.compile(r"[`\"\[]?(?P<name>\w+)[`\"\]]?(?:\s+(?:ASC|DESC))?\Z", re.IGNORECASE)
+
+Key = tuple[Any, ...]
+
+
+class _Collection(Struct):
+    indexes: list[str] = []
+
+
+async def violations(
+    client: PocketBaseClient, operations: Sequence[Operation], layouts: Mapping[str, CommitLayout]
+) -> dict[int, Refusal]:
+    """The operations that would leave two records with what must be unique: of several in this commit all but the
+    first, and those that find it taken.
+
+    Updates that name but a part of an index's columns are not looked at.
+    """
+    blamed: dict[int, Refusal] = {}
+    deleted = {operation.record_id for operation in operations if operation.method == "DELETE"}
+    for collection in dict.fromkeys(operation.collection for operation in operations):
+        for columns in await _unique_indexes(client, collection):
+            wanted: dict[Key, int] = {}
+            for index, operation in enumerate(operations):
+                if operation.collection != collection or index in blamed:
+                    continue
+                key = _key(operation, layouts[operation.layout], columns)
+                if key is None:
+                    continue
+                if key in wanted:
+                    blamed[index] = _violation(operation, columns)
+                else:
+                    wanted[key] = index
+            for index in await _taken(client, collection, columns, wanted, operations, deleted):
+                blamed[index] = _violation(operations[index], columns)
+    return blamed
+
+
+async def _unique_indexes(client: PocketBaseClient, collection: str) -> list[tuple[str, ...]]:
+    """The columns of each unique index that covers all records."""
+    answer = await client.send("GET", f"/api/collections/{collection}")
+    if not answer.ok:
+        return []
+    found = []
+    for sql in msgspec.json.decode(answer.content, type=_Collection).indexes:
+        index = _UNIQUE.match(sql.strip())
+        columns = [_COLUMN.match(part.strip()) for part in index["columns"].split(",")] if index else []
+        if columns and all(columns):
+            found.append(tuple(column["name"] for column in columns if column))
+    return found
+
+
+def _key(operation: Operation, layout: CommitLayout, columns: Sequence[str]) -> Key | None:
+    """What an operation wants these columns to hold; None where it does not say."""
+    if operation.method == "DELETE":
+        return None
+    body = msgspec.json.decode(operation.body)
+    values = body[1 if operation.method == "POST" else 2 :]
+    places = {slot.column: place for place, slot in enumerate(layout.slots)}
+    key = []
+    for column in columns:
+        place = places.get(column)
+        value = values[place] if place is not None and place < len(values) else None
+        if value is None:
+            return None
+        key.append(value)
+    return tuple(key)
+
+
+async def _taken(
+    client: PocketBaseClient,
+    collection: str,
+    columns: Sequence[str],
+    wanted: Mapping[Key, int],
+    operations: Sequence[Operation],
+    deleted: set[str],
+) -> list[int]:
+    """Those of the operations whose key another record has."""
+    taken = []
+    names = ",".join(f"k{n}" for n in range(len(columns)))
+    same = " AND ".join(f"c.`{column}`=v.k{n}" for n, column in enumerate(columns))
+    head = f"WITH v(i,r,{names}) AS (VALUES "
+    tail = f") SELECT v.i, c.id FROM v JOIN `{collection}` c ON {same} AND c.id<>v.r"
+    rows = [
+        f"({index},'{operations[index].record_id}',{','.join(literals)})"
+        for key, index in wanted.items()
+        if (literals := _literals(key)) is not None
+    ]
+    for some in _chunks(rows, MOST_CHARACTERS - len(head) - len(tail)):
+        found = await Sql(client).select(head + ",".join(some) + tail)
+        taken += [int(index) for index, record in found if record not in deleted]
+    return taken
+
+
+def _chunks(rows: Sequence[str], most: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for row in rows:
+        if chunk and size + len(row) + 1 > most:
+            yield chunk
+            chunk, size = [], 0
+        if len(row) < most:
+            chunk.append(row)
+            size += len(row) + 1
+    if chunk:
+        yield chunk
+
+
+def _literals(key: Key) -> list[str] | None:
+    """SQL literals; None where SQL has none for a value."""
+    literals = []
+    for value in key:
+        if isinstance(value, str):
+            if "\0" in value:
+                return None
+            literals.append("'" + value.replace("'", "''") + "'")
+        else:
+            literals.append(str(int(value)) if isinstance(value, bool) else repr(value))
+    return literals
+
+
+def _violation(operation: Operation, columns: Sequence[str]) -> UniqueViolation:
+    return UniqueViolation(
+        f"{operation.what}: another record has the same {', '.join(columns)}, which must be unique",
+        status=400,
+        codes=dict.fromkeys(columns, "validation_not_unique"),
+    )
