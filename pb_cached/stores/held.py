@@ -96,7 +96,10 @@ def held(*by: str) -> Callable[[Method], Method]:
                 _holder.set(self)
                 names = named_by(args, kwargs)
                 async with self._turn(names) if names else contextlib.nullcontext():
-                    return await _attempts()(method, self, *args, **kwargs)
+                    try:
+                        return await method(self, *args, **kwargs)
+                    except UniqueViolation:  # seldom: what retries costs as much as a write
+                        return await _attempts()(method, self, *args, **kwargs)
 
             task = asyncio.create_task(hold())
             self._writes.add(task)
