@@ -4,7 +4,11 @@ section 4; facts: pocketbase, section 13)."""
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import httpx
@@ -240,6 +244,32 @@ async def test_uninstalling_leaves_the_data_and_lets_the_batch_path_in(
         await works(notes, 2)
     async with make_database() as database:
         await works(await notes_of(database), 3)
+
+
+def test_init_installs_and_takes_away_again(pocketbase: PocketBaseServer, prefix: str, tmp_path: Path) -> None:
+    names = [f"{prefix}_{part}" for part in ("s", "c", "v")]
+    settings = zip(("session_prefix", "customer_prefix", "variable_prefix"), names, strict=True)
+    (tmp_path / "c.toml").write_text(
+        "[stores]\n" + "".join(f'{key} = "{name}"\n' for key, name in settings), "utf-8"
+    )
+    params = pocketbase.connection_params
+    access = {"POCKETBASE_URL": params["url"], "POCKETBASE_ADMIN_TOKEN": params["admin_token"]}
+
+    def run(*arguments: str) -> list[str]:
+        result = subprocess.run(
+            [sys.executable, "-m", "pb_cached.cli", "init", "--config", "c.toml", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **access, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    assert run() == [f"{name}: ready, commits go by log" for name in names]
+    assert run("--uninstall") == [f"{name}_log: no triggers; the data is as it was" for name in names]
+    assert run()[0].endswith("commits go by log")
 
 
 async def test_several_servers_install_at_once(make_database: DatabaseMaker, dashboard: Dashboard) -> None:
