@@ -12,8 +12,8 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -149,17 +149,14 @@ class Bare:
         answer.raise_for_status()
 
 
-@asynccontextmanager
-async def _server(stack: AsyncExitStack) -> AsyncIterator[tuple[PocketBaseServer, httpx.AsyncClient]]:
+async def _server(stack: AsyncExitStack) -> tuple[PocketBaseServer, httpx.AsyncClient]:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pb-cached-bench-"))
-    quiet = LoggingSettings(level="warning")
     server = await stack.enter_async_context(PocketBaseServer(folder))
     token = server.connection_params["admin_token"]
     http = await stack.enter_async_context(
         httpx.AsyncClient(base_url=server.url, headers={"Authorization": token}, timeout=60)
     )
-    del quiet
-    yield server, http
+    return server, http
 
 
 def _config(commit: Any) -> Config:
@@ -176,12 +173,12 @@ async def measure(rounds: int, events: int) -> tuple[dict[str, Result], list[str
         ours: dict[str, Ours] = {}
         opened: dict[str, Stores] = {}
         for path in ("log", "batch"):
-            async with _server(stack) as (server, http):
-                stores = await stack.enter_async_context(
-                    open_stores(_config(path), connection_params=server.connection_params)
-                )
-                opened[path], ours[path] = stores, Ours(stores)
-                await ours[path].prepare()
+            server, http = await _server(stack)
+            stores = await stack.enter_async_context(
+                open_stores(_config(path), connection_params=server.connection_params)
+            )
+            opened[path], ours[path] = stores, Ours(stores)
+            await ours[path].prepare()
         bare = Bare(http, "parlant_sessions_events")  # the batch path's PocketBase, which has no triggers
         await bare.prepare()
         plain = PlainSessions(http, "parlant_sessions_sessions", "bare")

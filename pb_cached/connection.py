@@ -67,13 +67,12 @@ class Connection:
         making = self._committers[prefix] = asyncio.create_task(self._new_committer(prefix))
         return await asyncio.shield(making)
 
-    async def form(self, prefix: str, collection: str, layout: Layout) -> Form:
+    async def form(self, path: CommitPath, prefix: str, collection: str, layout: Layout) -> Form:
         """How operations on a collection are written; commits can hold them when this returns.
 
         Raises:
             SchemaError: the triggers that commits go by cannot be installed.
         """
-        path = (await self.committer(prefix)).path
         if not isinstance(path, LogPath):
             return RecordForm()
         order = commit_layout(log_collection(prefix).name, collection, all_columns(layout))

@@ -325,7 +325,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
     async def _codec(self, spec: CollectionSpec) -> RecordCodec:
         connection, committer = self._opened()
         layout = await connection.schema.ensure(spec)
-        form = await connection.form(self._prefix, spec.name, layout)
+        form = await connection.form(committer.path, self._prefix, spec.name, layout)
         most = min(self._config.writes.max_document_bytes, committer.path.max_bytes)
         return RecordCodec(spec.name, layout, most, form)
 

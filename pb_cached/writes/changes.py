@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from cachetools import LRUCache
 
 from pb_cached.cache.predicate import Predicate
 from pb_cached.errors import PBCachedError, RecordNotFound, StaleRevision
-from pb_cached.exact import Json, loads
+from pb_cached.exact import Json, dumps, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.commit import Operation, Reply
 
@@ -145,9 +145,8 @@ class RecordChanges:
         """Decide every one of these changes. What the record is afterwards; None where it is gone, or unknown."""
         try:
             while changes:
-                together = changes
                 try:
-                    return await self._together(state, together)
+                    return await self._together(state, changes)
                 except _Apart:
                     for change in changes[:-1]:
                         state = await self._decide(state, [change])
@@ -166,9 +165,9 @@ class RecordChanges:
                 return state
             record = state.record
             try:
-                operation = await self._operation(state, accepted, left)
+                operation = self._operation(state, accepted, left)
                 if operation is None:
-                    state = await self._again(state.record)
+                    state = await self._again(record)
                     continue
                 reply = await self._apply(operation)
             except RecordNotFound:
@@ -205,7 +204,7 @@ class RecordChanges:
                 accepted.append((change, document))
         return accepted, document
 
-    async def _operation(
+    def _operation(
         self, state: State, accepted: Sequence[tuple[_Change, Document]], left: Document | None
     ) -> Operation | None:
         """The one operation that all of these are. None where it takes the record's row."""
@@ -245,12 +244,6 @@ class _Apart(Exception):
     """Together these changes were refused."""
 
 
-def _own(document: Mapping[str, Json]) -> Document:
-    """A copy that shares nothing. JSON holds nothing that has to be copied otherwise."""
-    return {key: _copy(value) for key, value in document.items()}
-
-
-def _copy(value: Json) -> Json:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
+def _own(document: Document) -> Document:
+    """A copy that shares nothing."""
+    return loads(dumps(document))  # type: ignore[no-any-return]

@@ -107,8 +107,7 @@ class BatchPath:
         except Unreached as error:
             if not error.unanswered:
                 raise
-            self._receipts.take(n)
-            raise self._receipts.unknown(len(operations)) from error
+            raise self._receipts.unknown(n, len(operations)) from error
         if answer.ok:
             self._receipts.take(n)
             return [Reply(bytes(result.body)) for result in _results.decode(answer.content)[1:]]
@@ -121,8 +120,7 @@ class BatchPath:
                     self._receipts.take(n)
                     return await self._read_back(operations, end)
             except PBCachedError as error:
-                self._receipts.take(n)
-                raise self._receipts.unknown(len(operations)) from error
+                raise self._receipts.unknown(n, len(operations)) from error
         if index is None or not 0 < index <= len(operations):
             raise await self._rejection(inner)
         operation = operations[index - 1]

@@ -174,8 +174,7 @@ class LogPath:
         except Unreached as error:
             if not error.unanswered:
                 raise
-            self._receipts.take(last)
-            raise self._receipts.unknown(len(operations)) from error
+            raise self._receipts.unknown(last, len(operations)) from error
         if answer.ok:
             self._receipts.take(last)
             return None if _is_triggered(answer, len(entries)) else Answer(404, b"{}")
@@ -188,8 +187,7 @@ class LogPath:
                     self._receipts.take(last)
                     return None
             except PBCachedError as error:
-                self._receipts.take(last)
-                raise self._receipts.unknown(len(operations)) from error
+                raise self._receipts.unknown(last, len(operations)) from error
         if answer.status == 413:
             raise TooLarge
         return answer

@@ -63,9 +63,10 @@ class Receipts:
             raise refused(answer, "read the log")
         return False
 
-    def unknown(self, writes: int) -> OutcomeUnknown:
+    def unknown(self, n: int, writes: int) -> OutcomeUnknown:
         """The error for a commit of which nothing could be learned. Its number counts as taken: a gap in the
         numbers can be looked into, two commits of one number cannot."""
+        self.take(n)
         return OutcomeUnknown(
             f"{writes} writes were sent to PocketBase at {self._client.url}, but it could not be learned "
             "in time whether it applied them. Read before you write them again"
