@@ -119,7 +119,8 @@ class CacheSettings(Section, frozen=True):
 
 
 class CollectionSettings(Section, frozen=True):
-    """`[collections.NAME]`: how one collection is cached. What is left out is as `cache.rules` has it."""
+    """`[collections.NAME]`: how one collection is cached and written. What is left out is as `cache.rules` and
+    `writes.logs` have it."""
 
     partition_by: str | tuple[Text, ...] | None = None
     """The field, or fields, whose values the documents of a partition share; `id` for document by document; empty
@@ -130,6 +131,8 @@ class CollectionSettings(Section, frozen=True):
     """Do no two documents have the same `id`? Then an `id` tells the partition."""
     max_partition_documents: Annotated[int, Meta(ge=1)] | None = None
     """A partition beyond it is not kept but read through."""
+    log: bool | None = None
+    """Has it a log of its own? All servers must say the same."""
 
 
 class CoherenceSettings(Section, frozen=True):

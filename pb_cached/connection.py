@@ -34,7 +34,7 @@ from pb_cached.writes import Committer
 class Connection:
     """One PocketBase, as one event loop sees it.
 
-    Mutable state: `_committers`, one per log, each made by the first database that asks for it; `_caches`, one per
+    Mutable state: `_committers`, one per log, each made by the first who asks for it; `_caches`, one per
     collection and schema (by another schema its documents are others), likewise.
     """
 
@@ -56,18 +56,18 @@ class Connection:
         self._committers: dict[str, asyncio.Task[Committer]] = {}
         self._caches: dict[tuple[str, Layout], CachedReads] = {}
 
-    async def committer(self, prefix: str) -> Committer:
-        """The committer of a database's log. The log is there when this returns, also where it was deleted since
-        the committer was made."""
-        making = self._committers.get(prefix)
+    async def committer(self, log: str) -> Committer:
+        """The committer of a log, which is there when this returns, also where it was deleted since the committer
+        was made."""
+        making = self._committers.get(log)
         if making is not None and not _has_failed(making):
             committer = await asyncio.shield(making)
             await committer.path.prepare()
             return committer
-        making = self._committers[prefix] = asyncio.create_task(self._new_committer(prefix))
+        making = self._committers[log] = asyncio.create_task(self._new_committer(log))
         return await asyncio.shield(making)
 
-    async def form(self, path: CommitPath, prefix: str, collection: str, layout: Layout) -> Form:
+    async def form(self, path: CommitPath, log: str, collection: str, layout: Layout) -> Form:
         """How operations on a collection are written; commits can hold them when this returns.
 
         Raises:
@@ -75,25 +75,24 @@ class Connection:
         """
         if not isinstance(path, LogPath):
             return RecordForm()
-        order = commit_layout(log_collection(prefix).name, collection, all_columns(layout))
+        order = commit_layout(log, collection, all_columns(layout))
         await path.use(order)
         return ArrayForm(order)
 
-    async def _new_committer(self, prefix: str) -> Committer:
-        path = await self._path(prefix)
+    async def _new_committer(self, log: str) -> Committer:
+        path = await self._path(log)
         await path.prepare()
-        self._log.info("commit path chosen", log=log_collection(prefix).name, path=path.name)
+        self._log.info("commit path chosen", log=log, path=path.name)
         committer = Committer(path, self._config.writes, self._log)
         await committer.trim()
         return committer
 
-    async def _path(self, prefix: str) -> CommitPath:
+    async def _path(self, log: str) -> CommitPath:
         """The path that this installation commits by. Where triggers are, no other may be taken."""
         if self.dialect.family == "0.22":
             return SinglePath(self.client)
-        log = log_collection(prefix).name
         sql = self.dialect.sql
-        installation = Installation(self.client, self.schema, prefix, sql, self._log)
+        installation = Installation(self.client, self.schema, log, sql, self._log)
         is_there = await installation.is_there()
         wanted = "batch" if self._config.pocketbase.native_events else self._config.pocketbase.commit
         if wanted == "batch" and is_there:
@@ -112,7 +111,7 @@ class Connection:
         if is_there or (wanted != "batch" and sql):
             return LogPath(self.client, self.dialect, log, self._server, installation)
         if self.dialect.batch is not None:
-            return BatchPath(self.client, self.dialect, self.schema, log_collection(prefix), self._server)
+            return BatchPath(self.client, self.dialect, self.schema, log_collection(log), self._server)
         return SinglePath(self.client)
 
     def cached(self, collection: str, layout: Layout, make: Callable[[], CachedReads]) -> CachedReads:

@@ -51,7 +51,7 @@ from pb_cached.errors import (
 from pb_cached.exact import Json, loads
 from pb_cached.migrations import Failures, Migration
 from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
-from pb_cached.pocketbase.commit import Operation, Reply
+from pb_cached.pocketbase.commit import CommitPath, Operation, Reply
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
@@ -59,7 +59,8 @@ from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads
 from pb_cached.reading.order import after, position
 from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
-from pb_cached.writes import Committer, Overtaken, RecordChanges, State
+from pb_cached.writes import Committer, Overtaken, RecordChanges, State, log_of, shared_log, summary
+from pb_cached.writes.logs import FAILURES
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -111,7 +112,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         self._entered = False
         self._exit_stack = AsyncExitStack()
         self._connection: Connection | None = None
-        self._committer: Committer | None = None
+        self._committers: dict[str, Committer] = {}
         self._opening = asyncio.Lock()
         self._collections: dict[str, PocketBaseDocumentCollection[Any]] = {}
 
@@ -130,12 +131,13 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 connection = await stack.enter_async_context(
                     connection_to(self._address, self._config, self._http, self._log)
                 )
-                committer = await connection.committer(self._prefix)
+                shared = shared_log(self._prefix)
+                self._committers = {shared: await connection.committer(shared)}
                 self._exit_stack = stack.pop_all()
         except BaseException:
             self._entered = False
             raise
-        self._connection, self._committer = connection, committer
+        self._connection = connection
         return self
 
     async def __aexit__(
@@ -152,39 +154,46 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         for collection in self._collections.values():
             collection.close()
         self._collections.clear()
-        connection, committer = self._connection, self._committer
-        self._connection = self._committer = None
+        connection, self._connection = self._connection, None
         try:
-            # The last one closes the committer itself, which drains it and accounts for what is left.
-            if connection and committer and connection.users() > 1:
-                await self._drain(committer)
+            # The last one closes the committers themselves, which drains them and accounts for what is left.
+            if connection and connection.users() > 1:
+                await self._drain()
         finally:
+            self._committers.clear()
             try:
                 await self._exit_stack.aclose()
             finally:
                 self._entered = False
 
-    async def _drain(self, committer: Committer) -> None:
+    async def _drain(self) -> None:
         timeout = self._config.writes.close_timeout
         try:
             async with asyncio.timeout(timeout):
-                await committer.flush()
+                await self._flush()
         except TimeoutError:
+            left = sum(committer.undecided for committer in self._committers.values())
             raise NotCommitted(
-                f"closing took longer than {timeout:g} s: {committer.undecided} writes are still on their way. "
+                f"closing took longer than {timeout:g} s: {left} writes are still on their way. "
                 "They may yet be committed, as other databases keep the connection open"
             ) from None
 
     def stats(self) -> Stats:
         """What the cache holds and has done, over all and by collection, and what was committed. Costs next to
         nothing."""
-        connection, committer = self._opened()
+        connection = self._opened()
         collections = {name: collection.stats() for name, collection in self._collections.items()}
+        committers = list(self._committers.values())
         return Stats(
             cache_bytes=connection.memory.bytes,
             cache_max_bytes=connection.memory.max_bytes if self._config.caches else 0,
             collections={name: stats for name, stats in collections.items() if stats is not None},
-            writes=committer.stats(),
+            writes=summary(
+                committers[0].path.name,
+                sum(committer.undecided for committer in committers),
+                sum(committer.queued_bytes for committer in committers),
+                [committer.counters for committer in committers],
+            ),
         )
 
     async def warm(self, *names: str) -> None:
@@ -205,8 +214,11 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
 
     async def flush(self) -> None:
         """Return when every write submitted so far is decided."""
-        _, committer = self._opened()
-        await committer.flush()
+        self._opened()
+        await self._flush()
+
+    async def _flush(self) -> None:
+        await asyncio.gather(*(committer.flush() for committer in self._committers.values()))
 
     async def create_collection(self, name: str, schema: type[TDocument]) -> DocumentCollection[TDocument]:
         """Create a collection.
@@ -216,7 +228,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             ForeignCollection: the name belongs to a collection that is not ours.
         """
         async with self._opening:
-            connection, _ = self._opened()
+            connection = self._opened()
             spec = document_collection(self._prefix, name, schema)
             if await connection.schema.exists(spec):
                 raise CollectionExists(f"collection '{name}' (PocketBase: '{spec.name}') exists already")
@@ -235,7 +247,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             CollectionNotFound: there is none.
         """
         async with self._opening:
-            connection, _ = self._opened()
+            connection = self._opened()
             if name in self._collections:
                 return cast(DocumentCollection[TDocument], self._collections[name])
             spec = document_collection(self._prefix, name, schema)
@@ -265,11 +277,12 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             ForeignCollection: it is not ours.
         """
         async with self._opening:
-            connection, committer = self._opened()
+            connection = self._opened()
             spec = document_collection(self._prefix, name, BaseDocument)
             if not await connection.schema.exists(spec):
                 self._forget(name, spec)
                 raise CollectionNotFound(f"collection '{name}' (PocketBase: '{spec.name}') does not exist")
+            _, committer = await self._committer(name)
             await committer.flush()
             await committer.path.leave(spec.name)
             await connection.schema.drop(spec)
@@ -277,14 +290,21 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
 
     def _forget(self, name: str, spec: CollectionSpec) -> None:
         """Keep nothing of a collection that is not there, whoever deleted it."""
-        connection, _ = self._opened()
-        connection.forget(spec.name)
+        self._opened().forget(spec.name)
         self._collections.pop(name, None)
 
-    def _opened(self) -> tuple[Connection, Committer]:
-        if self._connection is None or self._committer is None:
+    def _opened(self) -> Connection:
+        if self._connection is None:
             raise PBCachedError("the database is not open: use it inside `async with`")
-        return self._connection, self._committer
+        return self._connection
+
+    async def _committer(self, name: str) -> tuple[str, Committer]:
+        """The log that a collection's commits go to, and its committer."""
+        connection = self._opened()
+        log = log_of(self._prefix, name, self._config.collections)
+        if log not in self._committers:
+            self._committers[log] = await connection.committer(log)
+        return log, self._committers[log]
 
     async def _open(
         self,
@@ -293,14 +313,15 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         schema: type[TDocument],
         loader: Callable[[BaseDocument], Awaitable[TDocument | None]] | None = None,
     ) -> PocketBaseDocumentCollection[TDocument]:
-        connection, committer = self._opened()
+        connection = self._opened()
+        log, committer = await self._committer(name)
         fields = ["id", *(column.field for column in spec.columns)]
         rule = rule_for(name, fields, self._config.collections.get(name))
         if indexed := indexed_fields(rule):
             spec = spec.indexed_by(indexed)
         collection: PocketBaseDocumentCollection[TDocument] = PocketBaseDocumentCollection(
             spec,
-            await self._codec(spec),
+            await self._codec(spec, log, committer.path),
             connection,
             committer,
             rule if self._config.caches else None,
@@ -322,16 +343,18 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             collection.warm_in_background()
         return collection
 
-    async def _codec(self, spec: CollectionSpec) -> RecordCodec:
-        connection, committer = self._opened()
+    async def _codec(self, spec: CollectionSpec, log: str, path: CommitPath) -> RecordCodec:
+        connection = self._opened()
         layout = await connection.schema.ensure(spec)
-        form = await connection.form(committer.path, self._prefix, spec.name, layout)
-        most = min(self._config.writes.max_document_bytes, committer.path.max_bytes)
+        form = await connection.form(path, log, spec.name, layout)
+        most = min(self._config.writes.max_document_bytes, path.max_bytes)
         return RecordCodec(spec.name, layout, most, form)
 
     async def _failures(self, name: str) -> Failures:
-        spec = document_collection(self._prefix, f"{name}_failed_migrations", BaseDocument)
-        return Failures(spec.name, await self._codec(spec))
+        name += FAILURES
+        spec = document_collection(self._prefix, name, BaseDocument)
+        log, committer = await self._committer(name)
+        return Failures(spec.name, await self._codec(spec, log, committer.path))
 
 
 class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocument]):

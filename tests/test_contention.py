@@ -112,7 +112,7 @@ async def test_reads_do_not_wait_for_writes(stores: Stores, proxy: FaultProxy, p
     session, other = await begin(stores), await begin(stores)
     await say(stores, session), await say(stores, other)
     gate = Gate()
-    proxy.plan("POST", f"/api/collections/{prefix}_sessions_log/records?fields", gate)
+    proxy.plan("POST", f"/api/collections/{prefix}_sessions_events_log/records?fields", gate)
     writing = asyncio.create_task(say(stores, session))
     await gate.reached.wait()
     async with asyncio.timeout(1):

@@ -526,7 +526,7 @@ async def test_a_page_is_judged_also_where_a_foreign_hand_has_written(make_datab
         items = cast(PocketBaseDocumentCollection[Item], await items_of(database))
         await fill(items, *range(4))
         row = (await items.reader.page("", "id", 1)).rows[0]
-        await database._opened()[0].client.call(
+        await database._opened().client.call(
             "PATCH",
             f"/api/collections/{items.codec.collection}/records/{row.id}",
             body=b'{"notes": "\\"\\\\u0078\\""}',

@@ -36,7 +36,7 @@ from pb_cached.cli.interruption import unwinding
 from pb_cached.pocketbase import superuser
 from pb_cached.stats import Stats
 from pb_cached.stores import StoresStats
-from pb_cached.writes.stats import WriteCounters
+from pb_cached.writes.stats import summary
 
 SECONDS = 60.0
 
@@ -335,7 +335,7 @@ def test_output_of_any_encoding_is_good_enough(
         pass
     show.turn(MESSAGES[2], MESSAGES[2], 1.0)
     show.comparison({"events": {}}, {"events": {}}, ["events: \u201e1\u201c is gone"])
-    writes = WriteCounters().snapshot("log", 0, 0)
+    writes = summary("log", 0, 0, [])
     empty = Stats(cache_bytes=0, cache_max_bytes=0, collections={}, writes=writes)
     show.cache(StoresStats(sessions=empty, customers=empty, variables=empty))
     show.verdict(True, 1)

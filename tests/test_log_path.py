@@ -236,7 +236,7 @@ async def test_uninstalling_leaves_the_data_and_lets_the_batch_path_in(
 ) -> None:
     async with make_database() as database:
         await (await notes_of(database)).insert_one(note(1))
-        await installation.uninstall(database._opened()[0].client, [dashboard.log])
+        await installation.uninstall(database._opened().client, [dashboard.log])
     assert await dashboard.triggers() == {}
     async with make_database(config=BATCH_PATH) as database:
         notes = await notes_of(database)
@@ -268,7 +268,7 @@ def test_init_installs_and_takes_away_again(pocketbase: PocketBaseServer, prefix
         return result.stdout.splitlines()
 
     assert run() == [f"{name}: ready, commits go by log" for name in names]
-    assert run("--uninstall") == [f"{name}_log: no triggers; the data is as it was" for name in names]
+    assert run("--uninstall") == [f"{name}: no triggers; the data is as it was" for name in names]
     assert run()[0].endswith("commits go by log")
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from pb_cached.cache.rules import PARLANT
 from pb_cached.config import CoherenceSettings, Config, find_address
 from pb_cached.connection import connection_to
 from pb_cached.errors import PBCachedError
 from pb_cached.pocketbase.commit.installation import uninstall as take_away
-from pb_cached.pocketbase.schema import log_collection
 from pb_cached.stores import open_stores
 from pb_cached.telemetry import log_through
+from pb_cached.writes import own_log, shared_log
 
 
 def run(path: Path | None, uninstall: bool) -> int:
@@ -44,8 +45,9 @@ async def _install(config: Config) -> list[str]:
 async def _uninstall(config: Config) -> list[str]:
     of = config.stores
     prefixes = (of.session_prefix, of.customer_prefix, of.variable_prefix)
-    logs = [log_collection(prefix).name for prefix in prefixes]
+    names = (*PARLANT, *config.collections)
+    logs = [log for prefix in prefixes for log in (shared_log(prefix), *(own_log(prefix, n) for n in names))]
     log = log_through(None, config.logging)
     async with connection_to(find_address(config, None), config, None, log) as connection:
         await take_away(connection.client, logs)
-    return [f"{name}: no triggers; the data is as it was" for name in logs]
+    return [f"{prefix}: no triggers; the data is as it was" for prefix in prefixes]

@@ -156,8 +156,9 @@ class CollectionSpec(Struct, frozen=True):
         return f"{_MARK}{self.owner}__{self.name}"
 
     @property
-    def log(self) -> str | None:
-        """The log of the database that the collection belongs to; None for a log itself."""
+    def turns(self) -> str | None:
+        """The log by which servers take turns at changing the collection: that which all quiet collections of
+        its database share. None for a log itself."""
         return None if self.owner == _LOG else f"{self.name[: int(self.owner)]}_log"
 
     @property
@@ -199,15 +200,15 @@ def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]])
     return CollectionSpec(table, columns, tuple(indexes), DOCUMENT_SYSTEM, owner=str(len(prefix)))
 
 
-def log_collection(prefix: str) -> CollectionSpec:
-    """The log of a database: one record per commit, whose id is the receipt."""
-    return CollectionSpec(_checked_name(f"{prefix}_log"), (), (), LOG_SYSTEM, owner=_LOG)
+def log_collection(name: str) -> CollectionSpec:
+    """A log: one record per commit, whose id is the receipt."""
+    return CollectionSpec(_checked_name(name), (), (), LOG_SYSTEM, owner=_LOG)
 
 
-def triggered_log_collection(prefix: str) -> tuple[CollectionSpec, CollectionSpec]:
+def triggered_log_collection(name: str) -> tuple[CollectionSpec, CollectionSpec]:
     """The same for the log path: as it is until its triggers are there, and as it is then."""
     bar = IndexSpec((("guard", False),), unique=True, where="guard = ''")
-    barred = msgspec.structs.replace(log_collection(prefix), indexes=(bar,), system=BARRED_LOG_SYSTEM)
+    barred = msgspec.structs.replace(log_collection(name), indexes=(bar,), system=BARRED_LOG_SYSTEM)
     return barred, msgspec.structs.replace(barred, system=TRIGGERED_LOG_SYSTEM)
 
 
@@ -432,7 +433,7 @@ class SchemaEditor:
         return not (self._missing(found, spec) or _missing_indexes(found, spec) or found.is_open)
 
     async def _mend(self, spec: CollectionSpec, as_it_was: bool, *, announce: bool) -> Answer:
-        async with self.turn(spec.log, spec.name):
+        async with self.turn(spec.turns, spec.name):
             found = await self._read(spec.name)
             if found is None or self._is_in_shape(found, spec):
                 return Answer(200, b"")
@@ -461,7 +462,7 @@ class SchemaEditor:
         for round_ in range(_ROUNDS):
             if round_:
                 await asyncio.sleep(random.uniform(0.01, 0.05) * round_)
-            async with self.turn(spec.log, spec.name):
+            async with self.turn(spec.turns, spec.name):
                 found = await self._read(spec.name)
                 if found is None or index.is_among(_index_names(found), spec.name):
                     return

@@ -25,7 +25,7 @@ from pb_cached.errors import (
 )
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge, Unexplained
 from pb_cached.telemetry import Log
-from pb_cached.writes.stats import WriteCounters, WriteStats
+from pb_cached.writes.stats import WriteCounters
 
 TRIM_EVERY: Final = 1000
 """Commits between two trims of the log."""
@@ -96,7 +96,7 @@ class Committer:
         self._records = self._bytes = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = False
-        self._counters = WriteCounters()
+        self.counters = WriteCounters()
         self._until_trim = TRIM_EVERY
         self._followers: dict[str, list[Follower]] = {}
 
@@ -166,9 +166,10 @@ class Committer:
         self._bytes -= write.size
         self._admit()
 
-    def stats(self) -> WriteStats:
-        """What was committed, and how long that took."""
-        return self._counters.snapshot(self.path.name, self.undecided, self._bytes)
+    @property
+    def queued_bytes(self) -> int:
+        """Of all writes that are not decided."""
+        return self._bytes
 
     async def flush(self) -> None:
         """Return when every write submitted so far is decided, one way or the other."""
@@ -265,20 +266,20 @@ class Committer:
                 now = time.monotonic()
                 size = sum(write.size for write in writes)
                 waited = now - min(write.submitted for write in writes)
-                self._counters.committed(len(writes), len(operations), size, now - begun, waited)
+                self.counters.committed(len(writes), len(operations), size, now - begun, waited)
                 self._tell_committed(operations, replies)
             except Refused as refusal:
                 for index, error in refusal.errors.items():
                     self._tell_refused(operations[index], error)
                     _owner(writes, index).fail(error)
                 left = [write for write in writes if not write.outcome.done()]
-                self._counters.refused += len(writes) - len(left)
-                self._counters.attempts_more += bool(left)
+                self.counters.refused += len(writes) - len(left)
+                self.counters.attempts_more += bool(left)
                 writes = left
                 continue
             except (TooLarge, Unexplained) as refusal:
                 if len(writes) > 1:
-                    self._counters.attempts_more += 1
+                    self.counters.attempts_more += 1
                     middle = len(writes) // 2
                     await self._commit(writes[:middle])
                     writes = writes[middle:]
@@ -296,7 +297,7 @@ class Committer:
                     # A bug of ours or of a library must not leave callers waiting for ever.
                     self._log.error("commit failed unexpectedly", error=repr(error))
                 if isinstance(error, OutcomeUnknown) or not isinstance(error, PBCachedError):
-                    self._counters.unknown += 1
+                    self.counters.unknown += 1
                     self._tell_uncertain(operations)
                 for write in writes:
                     write.fail(error)

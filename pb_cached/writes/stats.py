@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from msgspec import Struct
@@ -13,7 +14,7 @@ SAMPLES: Final = 4096
 
 
 class WriteStats(Struct, frozen=True, kw_only=True):
-    """The commits of one log, since it was opened. Quantiles are over the last 4096."""
+    """The commits of a database, since its logs were opened. Quantiles are over the last 4096 of each log."""
 
     path: str
     """How commits are made: `log`, `batch`, or `single`."""
@@ -43,14 +44,14 @@ class WriteStats(Struct, frozen=True, kw_only=True):
 
 
 class WriteCounters:
-    """What `WriteStats` are made of. Counting costs nothing that could be measured."""
+    """What `WriteStats` are made of, for one log. Counting costs nothing that could be measured."""
 
     def __init__(self) -> None:
         self.writes = self.records = self.bytes = self.commits = 0
         self.refused = self.attempts_more = self.unknown = 0
-        self._sizes: deque[int] = deque(maxlen=SAMPLES)
-        self._commit_seconds: deque[float] = deque(maxlen=SAMPLES)
-        self._write_seconds: deque[float] = deque(maxlen=SAMPLES)
+        self.sizes: deque[int] = deque(maxlen=SAMPLES)
+        self.commit_seconds: deque[float] = deque(maxlen=SAMPLES)
+        self.write_seconds: deque[float] = deque(maxlen=SAMPLES)
 
     def committed(self, writes: int, records: int, size: int, seconds: float, waited: float) -> None:
         """A commit has succeeded.
@@ -63,36 +64,44 @@ class WriteCounters:
         self.writes += writes
         self.records += records
         self.bytes += size
-        self._sizes.append(records)
-        self._commit_seconds.append(seconds)
-        self._write_seconds.append(waited)
-
-    def snapshot(self, path: str, queued: int, queued_bytes: int) -> WriteStats:
-        """The numbers as they are now."""
-        sizes, commit, write = sorted(self._sizes), sorted(self._commit_seconds), sorted(self._write_seconds)
-        return WriteStats(
-            path=path,
-            queued=queued,
-            queued_bytes=queued_bytes,
-            writes=self.writes,
-            records=self.records,
-            bytes=self.bytes,
-            commits=self.commits,
-            commit_records_p50=_quantile(sizes, 0.5),
-            commit_records_max=sizes[-1] if sizes else 0,
-            commit_seconds_p50=_quantile(commit, 0.5),
-            commit_seconds_p99=_quantile(commit, 0.99),
-            write_seconds_p50=_quantile(write, 0.5),
-            write_seconds_p99=_quantile(write, 0.99),
-            refused=self.refused,
-            attempts_more=self.attempts_more,
-            unknown=self.unknown,
-        )
+        self.sizes.append(records)
+        self.commit_seconds.append(seconds)
+        self.write_seconds.append(waited)
 
 
-def _quantile(ordered: list[int] | list[float], share: float) -> float:
+def summary(path: str, queued: int, queued_bytes: int, counters: Sequence[WriteCounters]) -> WriteStats:
+    """The numbers of several logs together, as they are now."""
+
+    def ordered(samples: str) -> list[float]:
+        return sorted(sample for each in counters for sample in getattr(each, samples))
+
+    def total(counter: str) -> int:
+        return sum(getattr(each, counter) for each in counters)
+
+    sizes, commit, write = ordered("sizes"), ordered("commit_seconds"), ordered("write_seconds")
+    return WriteStats(
+        path=path,
+        queued=queued,
+        queued_bytes=queued_bytes,
+        writes=total("writes"),
+        records=total("records"),
+        bytes=total("bytes"),
+        commits=total("commits"),
+        commit_records_p50=_quantile(sizes, 0.5),
+        commit_records_max=int(sizes[-1]) if sizes else 0,
+        commit_seconds_p50=_quantile(commit, 0.5),
+        commit_seconds_p99=_quantile(commit, 0.99),
+        write_seconds_p50=_quantile(write, 0.5),
+        write_seconds_p99=_quantile(write, 0.99),
+        refused=total("refused"),
+        attempts_more=total("attempts_more"),
+        unknown=total("unknown"),
+    )
+
+
+def _quantile(ordered: list[float], share: float) -> float:
     """The least value that this share of all does not exceed; 0 where there is none."""
     if not ordered:
         return 0.0
     places = [(n + 1) / len(ordered) for n in range(len(ordered))]
-    return float(ordered[min(bisect_left(places, share), len(ordered) - 1)])
+    return ordered[min(bisect_left(places, share), len(ordered) - 1)]

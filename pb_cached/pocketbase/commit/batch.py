@@ -28,6 +28,7 @@ from pb_cached.pocketbase.commit.triggers import FENCED
 from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.schema import CollectionSpec, SchemaEditor
+from pb_cached.pocketbase.sql import Sql
 
 TRIM_PAGE: Final = 500
 """Log records deleted by one request where there is no SQL."""
@@ -129,10 +130,7 @@ class BatchPath:
     async def trim(self, before: float) -> None:
         oldest = first_id_at(before)
         if self._dialect.sql:  # raises no events that every follower would have to read
-            query = f"DELETE FROM `{self._log}` WHERE id < '{oldest}'"
-            await self._client.call(
-                "POST", "/api/sql", body=msgspec.json.encode({"query": query}), repeatable=True
-            )
+            await Sql(self._client).change(f"DELETE FROM `{self._log}` WHERE id<'{oldest}'")
             return
         path = records_path(self._log)
         count = min(TRIM_PAGE, self.max_operations)

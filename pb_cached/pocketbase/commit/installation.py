@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 import msgspec
 from msgspec import Struct
@@ -13,45 +13,15 @@ from pb_cached.pocketbase.commit import triggers
 from pb_cached.pocketbase.commit.interface import records_path
 from pb_cached.pocketbase.commit.triggers import CommitLayout, Found, Trigger
 from pb_cached.pocketbase.schema import SchemaEditor, triggered_log_collection
+from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql
 from pb_cached.telemetry import Log
 
-MOST_CHARACTERS: int = 4900
-"""Of one call of `/api/sql`; PocketBase allows 5000."""
 _ROWS = 1000
 _ROUNDS = 5
 
 
-class _Result(Struct):
-    rows: list[list[str | None]] = []
-
-
 class _Bar(Struct):
     layout: str | None = None
-
-
-class Sql:
-    """PocketBase's SQL endpoint (0.39 and later, superusers only)."""
-
-    def __init__(self, client: PocketBaseClient) -> None:
-        self._client = client
-
-    async def select(self, query: str) -> list[list[str]]:
-        """The rows, every value as text; None as an empty one.
-
-        Raises:
-            RequestRejected: PocketBase does not let us, or the query is wrong.
-        """
-        content = await self._client.call("POST", "/api/sql", body=_query(query), repeatable=True)
-        return [[value or "" for value in row] for row in msgspec.json.decode(content, type=_Result).rows]
-
-    async def run(self, statements: Sequence[str]) -> Answer:
-        """Run statements in their order, as few transactions as they fit into. The last answer."""
-        answer = Answer(200, b"")
-        for call in _calls(statements):
-            answer = await self._client.send("POST", "/api/sql", body=_query(call), repeatable=True)
-            if not answer.ok:
-                break
-        return answer
 
 
 class Installation:
@@ -60,15 +30,15 @@ class Installation:
     Mutable state: `_layouts`, those that this process commits by.
     """
 
-    def __init__(self, client: PocketBaseClient, schema: SchemaEditor, prefix: str, sql: bool, log: Log) -> None:
+    def __init__(self, client: PocketBaseClient, schema: SchemaEditor, name: str, sql: bool, log: Log) -> None:
         """
         Args:
             sql: may we use the SQL endpoint? Without it nothing can be verified or repaired.
         """
         self._client = client
         self._schema = schema
-        self._barred, self._triggered = triggered_log_collection(prefix)
-        self._name = self._triggered.name
+        self._barred, self._triggered = triggered_log_collection(name)
+        self._name = name
         self._sql = Sql(client) if sql else None
         self._log = log
         self._layouts: dict[str, CommitLayout] = {}
@@ -174,7 +144,8 @@ async def look(sql: Sql, log: str) -> Found:
     if tables >= {triggers.LOGS, log}:
         kept = await sql.select(
             f"SELECT 'log', log FROM {triggers.LOGS} WHERE log='{log}' "
-            f"UNION ALL SELECT 'bar', id FROM `{log}` WHERE id='{triggers.BAR}' AND guard='' AND layout=''"
+            f"UNION ALL SELECT 'bar', id FROM `{log}` WHERE id='{triggers.BAR}' AND layout='' "
+            f"AND EXISTS (SELECT 1 FROM `{log}` WHERE guard='')"
         )
     return Found(
         triggers=found,
@@ -203,23 +174,6 @@ async def uninstall(client: PocketBaseClient, logs: Iterable[str]) -> None:
         RequestRejected: PocketBase does not let us.
     """
     sql = Sql(client)
+    found = await look(sql, "")
     for log in logs:
-        answer = await sql.run(triggers.removal(log, await look(sql, log)))
-        if not answer.ok:
-            raise await client.rejection(answer, f"remove the triggers of '{log}'")
-
-
-def _calls(statements: Sequence[str]) -> Iterator[str]:
-    """As many statements in one call as it may hold."""
-    call = ""
-    for statement in statements:
-        if call and len(call) + len(statement) + 1 > MOST_CHARACTERS:
-            yield call
-            call = ""
-        call = f"{call};{statement}" if call else statement
-    if call:
-        yield call
-
-
-def _query(text: str) -> bytes:
-    return msgspec.json.encode({"query": text})
+        await sql.change(*triggers.removal(log, found))

@@ -52,6 +52,7 @@ from pb_cached.pocketbase.commit.triggers import CommitLayout
 from pb_cached.pocketbase.commit.uniques import violations
 from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.pocketbase.ids import first_id_at, new_id
+from pb_cached.pocketbase.sql import Sql
 
 _FIELDS: Final = "?fields=id,stale"
 """All that we want to see of what we have sent. A log without the last of them has no triggers yet."""
@@ -144,15 +145,9 @@ class LogPath:
     async def trim(self, before: float) -> None:
         """By SQL, as every deletion of PocketBase's own would send the record to all followers. Where we may not,
         the log is left to those who may."""
-        if not self._dialect.sql:
-            return
-        oldest = first_id_at(before)
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(before))
-        query = (
-            f"DELETE FROM `{self._log}` WHERE id < '{oldest}';DELETE FROM {triggers.EDITS} WHERE n IN "
-            f"(SELECT n FROM {triggers.EDITS} WHERE at < '{at}' ORDER BY n LIMIT 10000)"
-        )
-        await self._client.call("POST", "/api/sql", body=msgspec.json.encode({"query": query}), repeatable=True)
+        if self._dialect.sql:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(before))
+            await Sql(self._client).change(*triggers.trim(self._log, first_id_at(before), at))
 
     async def _attempt(self, operations: Sequence[Operation], end: float) -> Answer | None:
         """Send the commit, until it is known whether it was applied. None where it was; else the refusal."""

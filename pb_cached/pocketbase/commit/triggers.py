@@ -4,13 +4,13 @@ All of it is named by a digest of what it says, so several schemas of one collec
 application at work beside each other have them, live side by side; and whatever has another text than its name
 says was changed by others, and is made anew. Nothing depends on who does it, or how often.
 
-Triggers are of four kinds (facts: pocketbase, section 13):
+Triggers are of three kinds (facts: pocketbase, section 13):
 
 * of a *layout*, on the log: applies commits whose operations have their columns in a certain order. Without it
-  they cannot be made: the log has a unique index over `guard` where that is empty, as it is in every commit and in
-  the one record that bars the way, which a layout's trigger moves aside. So where one is lacking, be it after a
-  backup was restored, commits are refused, and never swallowed;
-* the *gate*, on the log: bars it again after each commit;
+  they cannot be made: the log has a unique index over `guard` where that is empty, as it is in every new commit,
+  and in the one before it until a layout's trigger moves that aside. So the last commit bars the way (the first
+  time a record that stands for none), and where a trigger is lacking, be it after a backup was restored, commits
+  are refused, and never swallowed;
 * the *fence*, on the log: refuses commits of the batch path;
 * the *watch*, on a collection: raises `rev` where others write, notes it, and refuses what they write over a state
   that they have not seen.
@@ -21,15 +21,15 @@ No I/O.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from msgspec import Struct
 
 BAR: Final = "zguard000000000"
-"""The record that bars the log."""
+"""The record that bars a log before its first commit, and tells that commits go by triggers."""
 REMOVED: Final = "removed"
-"""The layout that the bar has where our triggers were taken away."""
+"""The layout that it has where our triggers were taken away."""
 LOGS: Final = "pb_cached_logs"
 EDITS: Final = "pb_cached_edits"
 """Our tables beside PocketBase's collections: which logs apply a commit at this moment, and what others have
@@ -106,7 +106,7 @@ class CommitLayout(Struct, frozen=True):
         return (
             # Inserting it is refused too, but after what it applies: this says why.
             f"{_refusal(log, 'id', f'EXISTS (SELECT 1 FROM `{log}` WHERE id=NEW.id)')};\n"
-            f"UPDATE `{log}` SET guard='open' WHERE id='{BAR}';\n"
+            f"{passed(log)};\n"
             f"UPDATE {LOGS} SET applying=1 WHERE log='{log}';\n"
             # Deletions first: what is inserted may have what was unique to them.
             f"DELETE FROM `{c}` WHERE (id,rev) IN "
@@ -127,20 +127,11 @@ class CommitLayout(Struct, frozen=True):
         return Trigger(f"{NAMES}{self.key}", self.log, f"{head}{self._body}END")
 
 
-def guards(log: str) -> list[Trigger]:
-    """The gate and the fence of a log."""
-    return [
-        _named(
-            log,
-            f"AFTER INSERT ON `{log}` WHEN NEW.layout<>'' BEGIN\n"
-            f"UPDATE `{log}` SET guard='passed' WHERE id=NEW.id;\n"
-            f"UPDATE `{log}` SET guard='' WHERE id='{BAR}';\nEND",
-        ),
-        _named(
-            log,
-            f"BEFORE INSERT ON `{log}` WHEN NEW.layout='' AND NEW.n>0 BEGIN\n{_refusal(log, FENCED, '1')};\nEND",
-        ),
-    ]
+def fence(log: str) -> Trigger:
+    """What keeps commits of the batch path out of a log."""
+    return _named(
+        log, f"BEFORE INSERT ON `{log}` WHEN NEW.layout='' AND NEW.n>0 BEGIN\n{_refusal(log, FENCED, '1')};\nEND"
+    )
 
 
 def watch(log: str, collection: str) -> list[Trigger]:
@@ -179,7 +170,7 @@ class Found(Struct, frozen=True):
     logs: frozenset[str]
     """Those that the table of logs has."""
     barred: frozenset[str]
-    """Those that have their bar."""
+    """Those that take no commit without its trigger."""
 
 
 def orphans(found: Found) -> list[str]:
@@ -203,15 +194,17 @@ def departure(collection: str, found: Found) -> list[str]:
 def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str]:
     """The statements after which commits of these layouts can be made; none where all is as it must be.
 
-    Layouts of others stay, unless they are orphans.
+    Layouts of others stay, unless they are orphans, or commit to the same collection by another log: the watch
+    would take each for a foreign hand to the other.
     """
     statements = orphans(found)
     if not {LOGS, EDITS} <= found.tables:
         statements += TABLES
-    wanted = guards(log)
+    wanted = [fence(log)]
     for layout in layouts:
         if layout.collection in found.tables:
             wanted += [layout.trigger, *watch(log, layout.collection)]
+    statements += map(_drop, _strays(log, wanted, layouts, found))
     for trigger in wanted:
         there = found.triggers.get(trigger.name)
         if there is not None and there.sql != trigger.sql:
@@ -223,21 +216,44 @@ def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str
         statements.append(f"INSERT OR IGNORE INTO {LOGS} VALUES('{log}',0)")
     if log not in found.barred:
         bar = f"INSERT INTO `{log}`(id,guard) VALUES('{BAR}','')"
-        # Where the gate was lacking, the last commit bars the way.
         statements.append(passed(log))
         statements.append(f"{bar} ON CONFLICT(id) DO UPDATE SET guard='',layout=''")
     return statements
 
 
+def _strays(
+    log: str, wanted: Sequence[Trigger], layouts: Sequence[CommitLayout], found: Found
+) -> Iterator[Trigger]:
+    collections = {layout.collection for layout in layouts}
+    names = {trigger.name for trigger in wanted}
+    for trigger in found.triggers.values():
+        applies_to = _applies_to(trigger)
+        if applies_to:
+            is_stray = applies_to in collections and trigger.table != log
+        else:
+            is_stray = trigger.table in {log, *collections}
+        if is_stray and trigger.name not in names:
+            yield trigger
+
+
 def passed(log: str) -> str:
-    """The statement after which no record but the bar bars the log."""
-    return f"UPDATE `{log}` SET guard='passed' WHERE guard='' AND id<>'{BAR}'"
+    """The statement after which no record bars the log."""
+    return f"UPDATE `{log}` SET guard=id WHERE guard=''"
+
+
+def trim(log: str, before_id: str, before: str) -> list[str]:
+    """The statements that forget old commits, all but the one that bars the log; and what others have edited
+    before that time."""
+    return [
+        f"DELETE FROM `{log}` WHERE id<'{before_id}' AND guard<>''",
+        f"DELETE FROM {EDITS} WHERE n IN (SELECT n FROM {EDITS} WHERE at<'{before}' ORDER BY n LIMIT 10000)",
+    ]
 
 
 def removal(log: str, found: Found) -> list[str]:
     """The statements that take our triggers away from a log. The data stays, and so does the bar: a server that is
     still at work would else write where nothing applies it."""
-    if LOGS not in found.tables:
+    if not {LOGS, log} <= found.tables:
         return []
     of_log = [trigger for trigger in found.triggers.values() if trigger.table == log]
     tables = {log, *map(_applies_to, of_log)}

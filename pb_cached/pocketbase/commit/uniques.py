@@ -11,9 +11,9 @@ from msgspec import Struct
 
 from pb_cached.errors import UniqueViolation
 from pb_cached.pocketbase.client import PocketBaseClient
-from pb_cached.pocketbase.commit.installation import MOST_CHARACTERS, Sql
 from pb_cached.pocketbase.commit.interface import Operation, Refusal
 from pb_cached.pocketbase.commit.triggers import CommitLayout
+from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql
 
 _UNIQUE: Final = re.compile(r"CREATE\s+UNIQUE\s+INDEX\b.*\((?P<columns>[^()]*)\)\s*\Z", re.IGNORECASE | re.DOTALL)
 _COLUMN: Final = re.compile(r"[`\"\[]?(?P<name>\w+)[`\"\]]?(?:\s+(?:ASC|DESC))?\Z", re.IGNORECASE)
