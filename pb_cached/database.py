@@ -468,6 +468,26 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         match = await self._read(self._reads.first, filters)
         return cast(TDocument, match.document) if match else None
 
+    async def exists(self, filters: Where) -> bool:
+        """Is there a match? What `find_one` tells too, at a fraction of its cost where the match is cached.
+
+        Raises:
+            InvalidFilter: as `find`.
+        """
+        self._require_open()
+        _require_filter(filters)
+        return await self._read(self._reads.exists, filters)
+
+    async def greatest(self, filters: Where, field: str) -> Json:
+        """The greatest value of a field among all matches; None where there is none.
+
+        Raises:
+            InvalidFilter: as `find`.
+        """
+        self._require_open()
+        _require_filter(filters)
+        return await self._read(self._reads.greatest, filters, field)
+
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
         """Create the indexes that are missing. One that PocketBase refuses is reported and left out."""
         self._require_open()
@@ -494,6 +514,41 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         await self._insert(document)
         return InsertResult(acknowledged=True)
 
+    def insertion(self, document: Mapping[str, Json]) -> Operation:
+        """What inserts a document that the caller hands over: JSON, which nobody changes any more.
+
+        Raises:
+            DocumentTooLarge: nothing was written.
+        """
+        return self.codec.insert(document)
+
+    async def commit(self, operations: Sequence[Operation]) -> list[PBCachedError | None]:
+        """Commit operations in this order, as few commits as they fit into.
+
+        Returns:
+            For each of them why it failed, if it did: what `insert_one` would have raised.
+        """
+        self._require_open()
+        submitted = []
+        refusal: PBCachedError | None = None
+        for operation in operations:
+            try:
+                await self._committer.room()
+                submitted.append(self._committer.submit(operation))
+            except PBCachedError as error:
+                refusal = error
+                break
+        errors: list[PBCachedError | None] = []
+        for operation, outcome in zip(operations, submitted, strict=False):
+            try:
+                (reply,) = await outcome
+                await self._checked(operation, reply)
+            except PBCachedError as error:
+                errors.append(error)
+            else:
+                errors.append(None)
+        return errors + [refusal] * (len(operations) - len(errors))
+
     async def update_one(self, filters: Where, params: TDocument, upsert: bool = False) -> UpdateResult[TDocument]:
         """Merge `params` into the first match: the fields that it names, and no others.
 
@@ -517,7 +572,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             if match is None:
                 if not upsert:
                     return UpdateResult(True, 0, 0, None)
-                return UpdateResult(True, 0, 0, cast(TDocument, await self._insert(params)))
+                inserted, reply = await self._insert(params)
+                return UpdateResult(True, 0, 0, cast(TDocument, self._left(inserted, reply)))
             with suppress(Overtaken):
                 updated = await self._changes.make(_state(match), since, matches, cast(dict[str, Any], params))
                 return UpdateResult(True, 1, 1, cast(TDocument, updated))
@@ -562,12 +618,15 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
 
     # writing
 
-    async def _insert(self, document: Mapping[str, Any]) -> dict[str, Json]:
+    async def _insert(self, document: Mapping[str, Any]) -> tuple[Operation, Reply]:
         self._require_open()
         _require_document(document)
         self.codec.require(document)
-        operation = self.codec.insert(document)
-        reply = await self._apply(operation)
+        operation = self.codec.insert(snapshot(document))
+        return operation, await self._apply(operation)
+
+    def _left(self, operation: Operation, reply: Reply) -> dict[str, Json]:
+        """The document that an operation left."""
         return self.codec.document(self.codec.row(reply.record)) if reply.record else loads(operation.document)
 
     async def _record(self, record_id: str) -> Row | None:
@@ -578,12 +637,13 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         return row
 
     async def _apply(self, operation: Operation) -> Reply:
-        """Commit an operation.
-
-        PocketBase drops columns that a collection does not have, and says nothing. So its reply is looked at, and
-        where a column is missing it is added and the write repeated, before anybody is told that it is done.
-        """
         (reply,) = await self._committer.write(operation)
+        return await self._checked(operation, reply)
+
+    async def _checked(self, operation: Operation, reply: Reply) -> Reply:
+        """PocketBase drops columns that a collection does not have, and says nothing. So its reply is looked at,
+        and where a column is missing it is added and the write repeated, before anybody is told that it is done.
+        """
         if not reply.record or operation.method == "DELETE":
             return reply
         try:

@@ -83,6 +83,7 @@ class Reading:
         self.key = key
         self.records = records
         self.changes: dict[str, State] = {}
+        self.altered: dict[str, tuple[int, Key | None]] = {}
         self.doubts: set[str] = set()
         self.void = False
 
@@ -97,6 +98,9 @@ class Reading:
 
     def joined(self, record: str, row: State | None) -> State | None:
         """What a record is, by this read's row and by what changed meanwhile."""
+        rev, to = self.altered.get(record, (0, None))
+        if rev and (row.rev < rev if row is not None else to is not None and to == self.key):
+            self.doubts.add(record)
         change = self.changes.get(record)
         if change is None:
             return row
@@ -203,6 +207,16 @@ class CollectionCache:
         """The partition that a record is cached in."""
         return self._records.get(record)
 
+    def entry(self, record: str) -> Entry | None:
+        """A record, if it is cached."""
+        key = self._records.get(record)
+        partition = self._memory.peek(key) if key is not None else None
+        return None if partition is None else find(partition, record)
+
+    def minds(self, key: Key) -> bool:
+        """Does it make a difference to anybody what is in this partition?"""
+        return self._memory.peek(key) is not None or any(reading.key == key for reading in self._readings)
+
     def place(self, doc_id: str) -> tuple[Key, str] | None:
         """The partition and the record of the document with this id, where ids are unique."""
         record = self._ids.get(doc_id)
@@ -246,6 +260,29 @@ class CollectionCache:
             reading.note(edit, doubtful=True)
         self._gone[edit.record] = max(edit.rev, self._gone.get(edit.record, 0))
         self._doubt(edit.record, self._records.get(edit.record), edit.key)
+
+    def altered(self, record: str, rev: int, to: Key | None = None) -> None:
+        """Somebody has made it this revision of a record, and does not say what it holds now.
+
+        Args:
+            to: the partition that it is in now, where that is said.
+        """
+        entry = self.entry(record)
+        if (entry is not None and entry.rev >= rev) or self._gone.get(record, 0) >= rev:
+            return
+        for reading in self._readings:
+            reading.altered[record] = rev, to
+        self._doubt(record, self._records.get(record), to)
+
+    def glimpsed(self, record: str, rev: int, key: Key | None) -> None:
+        """Somebody was told of this revision of a record, by PocketBase itself: nobody may find an older one here
+        from now on."""
+        at = self._records.get(record)
+        if at is None:
+            if self._gone.get(record, 0) <= rev:
+                self._doubt(record, key)
+        elif (entry := self.entry(record)) is not None and entry.rev < rev:
+            self._doubt(record, at, key)
 
     def _apply_unknown(self, change: State, known: bool) -> None:
         if change.key is None or (partition := self._memory.peek(change.key)) is None:
@@ -335,7 +372,8 @@ class CollectionCache:
         assert key is not None
         self.stats.loads += 1
         found = {row.record: row for row in rows}
-        states = [reading.joined(record, found.get(record)) for record in found.keys() | reading.changes.keys()]
+        records = found.keys() | reading.changes.keys() | reading.altered.keys()
+        states = [reading.joined(record, found.get(record)) for record in records]
         mine = [state for state in states if state is not None and state.key == key]
         self.forget(key)
         partition = partition_of(key, [_entry(state) for state in mine], self.facts)

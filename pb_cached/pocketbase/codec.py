@@ -52,22 +52,25 @@ class Extra(Struct, omit_defaults=True):
     missing: list[str] = []
 
 
-def snapshot(document: Mapping[str, Any]) -> dict[str, Json]:
-    """The document's own copy: nothing in it is shared with the caller, and all of it is JSON.
+def snapshot(value: Any, path: str = "$") -> Json:
+    """A document's own copy, or a part's: nothing in it is shared with the caller, and all of it is JSON.
 
     Tuples and other sequences become lists, other mappings dicts.
+
+    Args:
+        path: where in the document the value stands.
 
     Raises:
         InvalidDocument: a value is not JSON; names its path.
     """
     try:
-        copy = loads(dumps(document))
-        if copy == document:  # what came back is what went in, so all of it was JSON
-            return copy  # type: ignore[no-any-return]
+        copy = loads(dumps(value))
+        if copy == value:  # what came back is what went in, so all of it was JSON
+            return copy
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
         pass
     try:
-        return _as_json(document, "$")  # type: ignore[no-any-return]
+        return _as_json(value, path)
     except RecursionError:
         raise InvalidDocument("the document is nested too deeply to be stored") from None
 
@@ -185,13 +188,15 @@ class RecordCodec:
     def insert(self, document: Mapping[str, Any]) -> Operation:
         """The operation that creates a record for a document.
 
+        Args:
+            document: a `snapshot`.
+
         Raises:
-            InvalidDocument: a value is not JSON.
             DocumentTooLarge: it exceeds `max_document_bytes`.
         """
-        copy, record_id = snapshot(document), new_id()
-        body = self._sized(self._form.insert(record_id, self._columns_of(copy)), copy)
-        return self._operation("POST", record_id, 0, body, copy)
+        record_id = new_id()
+        body = self._sized(self._form.insert(record_id, self._columns_of(document)), document)
+        return self._operation("POST", record_id, 0, body, document)
 
     def update(
         self,
@@ -228,12 +233,15 @@ class RecordCodec:
         body = self._sized(self._form.update(record_id, rev, columns), params)
         return self._operation("PATCH", record_id, rev, body, {**document, **params})
 
-    def replacement(self, row: Row, document: Mapping[str, Any]) -> Operation:
-        """The operation that makes a record hold this document and nothing else. Raises as `insert`."""
-        copy = snapshot(document)
+    def replacement(self, row: Row, document: Mapping[str, Json]) -> Operation:
+        """The operation that makes a record hold this document and nothing else. Raises as `insert`.
+
+        Args:
+            document: a `snapshot`.
+        """
         defaults = {column.name: column.kind.default for column in self._all}
-        body = self._sized(self._form.update(row.id, row.rev, defaults | self._columns_of(copy)), copy)
-        return self._operation("PATCH", row.id, row.rev, body, copy)
+        body = self._sized(self._form.update(row.id, row.rev, defaults | self._columns_of(document)), document)
+        return self._operation("PATCH", row.id, row.rev, body, document)
 
     def deletion(self, record_id: str, rev: int) -> Operation:
         """The operation that deletes a record."""
@@ -271,6 +279,9 @@ class RecordCodec:
             column = self.columns.get(field)
             if column is None:
                 extra.values[field] = value
+                continue
+            if column.kind is Kind.TEXT and type(value) is str and value.isascii():  # most are
+                columns[column.name] = value
                 continue
             columns[column.name], exact = image(value, column.kind)
             if not exact:
@@ -322,15 +333,18 @@ class RecordCodec:
         Raises:
             SchemaError: a hand has put into a column what we would not have; names record and column.
         """
+        _, _, extra, *held = msgspec.structs.astuple(cast(Struct, row))
+        return self._document(row.id, held, extra)
+
+    def _document(self, record_id: str, held: Sequence[Json], extra_text: str) -> dict[str, Json]:
         document: dict[str, Json] = {}
-        for position, column in enumerate(self._all):
-            held = getattr(row, f"c{position}")
+        for column, value in zip(self._all, held, strict=True):
             if column.kind is not Kind.JSON:
-                document[column.field] = held
-            elif held:
-                document[column.field] = self._read(row, column.name, held)
-        if row.extra:
-            extra = self._extra_of(row)
+                document[column.field] = value
+            elif value:
+                document[column.field] = self._read(record_id, column.name, value)
+        if extra_text:
+            extra = self._extra(record_id, extra_text)
             for field in extra.missing:
                 document.pop(field, None)
             # A column of kind JSON holds every value exactly: what `extra` has beside it is older than the column.
@@ -338,29 +352,86 @@ class RecordCodec:
             document.update({field: value for field, value in extra.values.items() if field not in overtaken})
         return document
 
+    # what others' commits say: see `CommitLayout`
+
+    @property
+    def commit_layout(self) -> str:
+        """What commits call the order of the columns by; empty where they go by their names."""
+        return self._form.layout
+
+    def inserted(self, values: Sequence[Json]) -> dict[str, Json]:
+        """The document that a commit has inserted.
+
+        Raises:
+            SchemaError: it is not what we would have written.
+        """
+        record_id, *held, extra = values
+        whole = [column.kind.default if v is None else v for column, v in zip(self._all, held, strict=True)]
+        return self._document(str(record_id), whole, extra or "")
+
+    def updated(self, document: Mapping[str, Json], values: Sequence[Json]) -> dict[str, Json] | None:
+        """The document that a commit has left of this one. None where the commit alone does not tell: its columns
+        do not hold all of it exactly.
+
+        Raises:
+            SchemaError: it is not what we would have written.
+        """
+        record_id, _, *held = values
+        if len(held) > len(self._all):  # `extra` has changed
+            return None
+        left = dict(document)
+        for column, value in zip(self._all, held, strict=False):
+            if value is None:
+                continue
+            if column.kind is Kind.JSON:
+                left[column.field] = self._read(str(record_id), column.name, value)
+            elif column.field in document and image(document[column.field], column.kind)[1]:
+                left[column.field] = value
+            else:
+                return None
+        return left
+
+    def named(self, values: Sequence[Json], field: str) -> tuple[bool, Json]:
+        """Does an update name a field, and does it tell its value exactly? `values` are those of a commit; None
+        where it does not tell."""
+        position = self._positions[field]
+        value = values[position + 2] if position + 2 < len(values) else None
+        extra_changes = len(values) > len(self._all) + 2
+        plain = self._all[position].kind is not Kind.JSON and not extra_changes
+        return value is not None, value if plain else None
+
+    def told(self, values: Sequence[Json], field: str) -> tuple[bool, Json]:
+        """Does a commit tell a field's value exactly, and which? `values` are those of an insert."""
+        position = self._positions[field]
+        column = self._all[position]
+        if column.kind is Kind.JSON or values[-1]:
+            return False, None
+        return True, values[position + 1]
+
     def held(self, row: Row, field: str) -> Json:
         """What the column of a declared field holds: the value's image."""
         return getattr(row, f"c{self._positions[field]}")
 
     def _extra_of(self, row: Row) -> Extra:
-        if not row.extra:
-            return Extra(values={})
-        found = self._read(row, "extra", row.extra)
+        return self._extra(row.id, row.extra) if row.extra else Extra(values={})
+
+    def _extra(self, record_id: str, text: str) -> Extra:
+        found = self._read(record_id, "extra", text)
         try:
             return msgspec.convert(found, Extra)
         except msgspec.ValidationError:
-            raise self._misread(row, "extra") from None
+            raise self._misread(record_id, "extra") from None
 
-    def _read(self, row: Row, column: str, text: str) -> Json:
+    def _read(self, record_id: str, column: str, text: str) -> Json:
         try:
             return loads(text)
         except (ValueError, RecursionError):
-            raise self._misread(row, column) from None
+            raise self._misread(record_id, column) from None
 
-    def _misread(self, row: Row, column: str) -> SchemaError:
+    def _misread(self, record_id: str, column: str) -> SchemaError:
         return SchemaError(
-            f"collection '{self.collection}': the column '{column}' of the record '{row.id}' does not hold what "
-            "we write there; it was changed by hand. In PocketBase's dashboard, put JSON there, or empty it"
+            f"collection '{self.collection}': the column '{column}' of the record '{record_id}' does not hold "
+            "what we write there; it was changed by hand. In PocketBase's dashboard, put JSON there, or empty it"
         )
 
 

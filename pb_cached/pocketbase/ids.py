@@ -6,7 +6,8 @@ are also a third faster to insert into a large table than random ones.
 
 from __future__ import annotations
 
-import secrets
+import os
+import random
 import threading
 import time
 from typing import Final
@@ -16,9 +17,13 @@ _CLOCK_DIGITS: Final = 10
 _RANDOM_DIGITS: Final = LENGTH - _CLOCK_DIGITS
 _DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _RANDOM_RANGE: Final = 36**_RANDOM_DIGITS
+_PAIRS: Final = [first + second for first in _DIGITS for second in _DIGITS]
 
 _lock = threading.Lock()  # one clock for all event loops of the process
 _last = 0
+_random = random.Random()  # seeded by the system; a tenth of the time that asking it for each id would take
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_random.seed)
 
 
 def new_id() -> str:
@@ -27,7 +32,7 @@ def new_id() -> str:
     with _lock:
         _last = max(_last + 1, time.time_ns() // 1000)
         tick = _last
-    return _base36(tick, _CLOCK_DIGITS) + _base36(secrets.randbelow(_RANDOM_RANGE), _RANDOM_DIGITS)
+    return _base36(tick, _CLOCK_DIGITS) + _base36(int(_random.random() * _RANDOM_RANGE), _RANDOM_DIGITS)
 
 
 def first_id_at(seconds: float) -> str:
@@ -36,8 +41,8 @@ def first_id_at(seconds: float) -> str:
 
 
 def _base36(number: int, width: int) -> str:
-    digits = []
-    for _ in range(width):
-        number, digit = divmod(number, 36)
-        digits.append(_DIGITS[digit])
-    return "".join(reversed(digits))
+    digits = ""
+    for _ in range((width + 1) // 2):
+        number, pair = divmod(number, 36 * 36)
+        digits = _PAIRS[pair] + digits
+    return digits[-width:]

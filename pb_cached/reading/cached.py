@@ -18,7 +18,7 @@ from pb_cached.cache.partition import Entry, Key, Partition, decoded, find, sinc
 from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.query import MOST_VALUES, keys_of, least_of, only_key, values_of
 from pb_cached.errors import SchemaError
-from pb_cached.exact import loads
+from pb_cached.exact import Json, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.commit import Operation, Reply
 from pb_cached.reading.direct import DirectReads, Document, Found, Match
@@ -116,6 +116,28 @@ class CachedReads:
         if hit:
             self._count(document is not None)
         return document
+
+    async def exists(self, where: Mapping[str, Any]) -> bool:
+        hit = candidates = self._at_hand(where)
+        if candidates is None and (candidates := await self._fetched(where)) is None:
+            return await self._through(self._direct.exists(where))
+        found = candidates.first() is not None if candidates.matches else bool(candidates.entries)
+        if hit:
+            self._count(found)
+        return found
+
+    async def greatest(self, where: Mapping[str, Any], field: str) -> Json:
+        hit = candidates = self._at_hand(where)
+        if candidates is None and (candidates := await self._fetched(where)) is None:
+            return await self._through(self._direct.greatest(where, field))
+        if candidates.rising and candidates.matches is None and field == self.cache.rule.sequence:
+            greatest = self.cache.facts(candidates.entries[-1].document).sequence if candidates.entries else None
+        else:
+            document = first_of(candidates.documents(), ((field, SortDirection.DESC),))
+            greatest = document.get(field) if document else None
+        if hit:
+            self._count(greatest is not None)
+        return greatest
 
     async def _through(self, read: Awaitable[T]) -> T:
         self.cache.stats.through += 1

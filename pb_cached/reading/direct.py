@@ -55,6 +55,14 @@ class Reads(Protocol):
         """The first match in the order of `sort`; of equal ones, the one inserted first."""
         ...
 
+    async def exists(self, where: Mapping[str, Any]) -> bool:
+        """Is there a match?"""
+        ...
+
+    async def greatest(self, where: Mapping[str, Any], field: str) -> Json:
+        """The greatest value of a field among the matches; None where there is none."""
+        ...
+
 
 class DirectReads:
     """Reads of one collection that go to PocketBase. Immutable."""
@@ -113,6 +121,13 @@ class DirectReads:
                 return document
         found = [match async for match in self._matches(narrowed, predicate)]
         return first_of([match.document for match in sorted(found, key=lambda match: match.record)], sort)
+
+    async def exists(self, where: Mapping[str, Any]) -> bool:
+        return await self.first(where) is not None
+
+    async def greatest(self, where: Mapping[str, Any], field: str) -> Json:
+        document = await self.first_sorted(where, ((field, SortDirection.DESC),))
+        return document.get(field) if document else None
 
     async def _page(self, filter_: str, predicate: Predicate, limit: int, descending: bool) -> Found | None:
         """A limited result by PocketBase's own order and count. The filter is exact for plain records. None where

@@ -54,28 +54,21 @@ class Follower(Protocol):
 
 
 class _Write:
-    """Operations that succeed or fail together, and whom to tell."""
+    """Operations that succeed or fail together, and whom to tell: whoever was cancelled is told nothing, and the
+    write goes on."""
 
-    __slots__ = ("operations", "outcome", "size", "submitted")
+    __slots__ = ("decided", "operations", "outcome", "size", "submitted")
 
-    def __init__(self, operations: Sequence[Operation], outcome: Outcome) -> None:
+    def __init__(self, operations: Sequence[Operation]) -> None:
         self.operations = operations
-        self.outcome = outcome
+        self.outcome: Outcome = asyncio.get_running_loop().create_future()
+        self.decided = False
         self.submitted = time.monotonic()
-        self.size = sum(operation.size for operation in operations)
+        self.size = sum([operation.size for operation in operations])
 
     def fits(self, other: _Write) -> bool:
         """Are the operations of both of one layout?"""
         return len({operation.layout for write in (self, other) for operation in write.operations}) == 1
-
-    def succeed(self, replies: list[Reply]) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(replies)
-
-    def fail(self, error: Exception) -> None:
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
-            self.outcome.exception()  # a cancelled caller is no reason for a warning
 
 
 class Committer:
@@ -83,7 +76,8 @@ class Committer:
 
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
     is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
-    no room, in their order), `_closed`, `_followers`. All of it is changed between awaits only.
+    no room, in their order), `_watching` (who waits for the next commit to be decided), `_closed`, `_followers`.
+    All of it is changed between awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -95,6 +89,7 @@ class Committer:
         self._task: asyncio.Task[None] | None = None
         self._records = self._bytes = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._watching: list[asyncio.Future[None]] = []
         self._closed = False
         self.counters = WriteCounters()
         self._until_trim = TRIM_EVERY
@@ -115,27 +110,38 @@ class Committer:
             QueueFull: there was no room until the deadline.
             NotCommitted: the committer was closed.
         """
-        if self._waiting or self._is_full:
-            await self._room()
+        await self.room()
+        return await self.submit(*operations)
+
+    def submit(self, *operations: Operation) -> Outcome:
+        """`write` without waiting: neither for the outcome, nor for room in the queue.
+
+        Raises:
+            NotCommitted: the committer was closed.
+        """
         if self._closed:
             raise NotCommitted("the database is closed; nothing was written")
-        outcome: Outcome = asyncio.get_running_loop().create_future()
-        write = _Write(operations, outcome)
+        write = _Write(operations)
         self._queue.append(write)
         self._records += len(operations)
         self._bytes += write.size
-        outcome.add_done_callback(lambda _: self._leave(write))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        return await asyncio.shield(outcome)
+        return write.outcome
 
     @property
     def _is_full(self) -> bool:
         """One write always has room, however large it is."""
         return self._records >= self._settings.max_queued_records or self._bytes >= self._settings.max_queued_bytes
 
-    async def _room(self) -> None:
-        """Wait until there is room in the queue: callers get it in the order in which they came."""
+    async def room(self) -> None:
+        """Wait until there is room in the queue: callers get it in the order in which they came.
+
+        Raises:
+            QueueFull: there was none until the deadline.
+        """
+        if not (self._waiting or self._is_full):
+            return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
@@ -161,10 +167,23 @@ class Committer:
             else:
                 turn.set_result(None)
 
-    def _leave(self, write: _Write) -> None:
+    def _succeed(self, write: _Write, replies: list[Reply]) -> None:
+        self._decide(write)
+        if not write.outcome.done():
+            write.outcome.set_result(replies)
+
+    def _fail(self, write: _Write, error: Exception) -> None:
+        self._decide(write)
+        if not write.outcome.done():
+            write.outcome.set_exception(error)
+            write.outcome.exception()  # nobody waiting is no reason for a warning
+
+    def _decide(self, write: _Write) -> None:
+        write.decided = True
         self._records -= len(write.operations)
         self._bytes -= write.size
-        self._admit()
+        if self._waiting:
+            self._admit()
 
     @property
     def queued_bytes(self) -> int:
@@ -173,24 +192,35 @@ class Committer:
 
     async def flush(self) -> None:
         """Return when every write submitted so far is decided, one way or the other."""
-        waiting = [write.outcome for write in (*self._current, *self._queue)]
-        if waiting:
-            await asyncio.wait(waiting)
+        await self._all_decided([*self._current, *self._queue])
+
+    async def _all_decided(self, writes: Sequence[_Write]) -> None:
+        while not all(write.decided for write in writes):
+            decision: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._watching.append(decision)
+            await decision
+
+    def _report(self) -> None:
+        """A commit has been decided."""
+        watching, self._watching = self._watching, []
+        for decision in watching:
+            if not decision.done():
+                decision.set_result(None)
 
     @property
     def undecided(self) -> int:
         """How many writes of those submitted so far are not decided."""
-        return sum(not write.outcome.done() for write in (*self._current, *self._queue))
+        return sum(not write.decided for write in (*self._current, *self._queue))
 
     async def settled(self, collection: str) -> None:
         """Return when the commit under way, if it touches this collection, is decided."""
-        waiting = [
-            write.outcome
-            for write in self._current
-            if any(operation.collection == collection for operation in write.operations)
-        ]
-        if waiting:
-            await asyncio.wait(waiting)
+        await self._all_decided(
+            [
+                write
+                for write in self._current
+                if any(operation.collection == collection for operation in write.operations)
+            ]
+        )
 
     async def close(self) -> None:
         """Take no more writes, and commit those that are queued.
@@ -214,7 +244,9 @@ class Committer:
             f"({_summary(unsent)}), and of {len(sent)} it is unknown whether they were applied ({_summary(sent)})"
         )
         for write in (*unsent, *sent):
-            write.fail(error)
+            if not write.decided:
+                self._fail(write, error)
+        self._report()
         raise error
 
     async def trim(self) -> None:
@@ -234,6 +266,7 @@ class Committer:
                 self._current = self._next()
                 await self._commit(self._current)
                 self._current = []
+                self._report()
                 self._until_trim -= 1
                 if self._until_trim == 0:
                     self._until_trim = TRIM_EVERY
@@ -271,8 +304,10 @@ class Committer:
             except Refused as refusal:
                 for index, error in refusal.errors.items():
                     self._tell_refused(operations[index], error)
-                    _owner(writes, index).fail(error)
-                left = [write for write in writes if not write.outcome.done()]
+                    owner = _owner(writes, index)
+                    if not owner.decided:
+                        self._fail(owner, error)
+                left = [write for write in writes if not write.decided]
                 self.counters.refused += len(writes) - len(left)
                 self.counters.attempts_more += bool(left)
                 writes = left
@@ -284,13 +319,14 @@ class Committer:
                     await self._commit(writes[:middle])
                     writes = writes[middle:]
                     continue
-                writes[0].fail(
+                self._fail(
+                    writes[0],
                     refusal.error
                     if isinstance(refusal, Unexplained)
                     else DocumentTooLarge(
                         f"write to {_summary(writes)}: PocketBase takes no request of about "
                         f"{writes[0].size:,} bytes; nothing written"
-                    )
+                    ),
                 )
             except Exception as error:
                 if not isinstance(error, PBCachedError):
@@ -300,11 +336,11 @@ class Committer:
                     self.counters.unknown += 1
                     self._tell_uncertain(operations)
                 for write in writes:
-                    write.fail(error)
+                    self._fail(write, error)
             else:
                 remaining = iter(replies)
                 for write in writes:
-                    write.succeed([next(remaining) for _ in write.operations])
+                    self._succeed(write, [next(remaining) for _ in write.operations])
             return
 
     def _tell_committed(self, operations: Sequence[Operation], replies: Sequence[Reply]) -> None:

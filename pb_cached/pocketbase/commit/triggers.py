@@ -182,13 +182,13 @@ def orphans(found: Found) -> list[str]:
     return [
         _drop(trigger)
         for trigger in found.triggers.values()
-        if (collection := _applies_to(trigger)) and collection not in found.tables
+        if (collection := applies_to(trigger)) and collection not in found.tables
     ]
 
 
 def departure(collection: str, found: Found) -> list[str]:
     """The statements that take away what applies commits to a collection, so that it can be deleted."""
-    return [_drop(trigger) for trigger in found.triggers.values() if _applies_to(trigger) == collection]
+    return [_drop(trigger) for trigger in found.triggers.values() if applies_to(trigger) == collection]
 
 
 def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str]:
@@ -227,9 +227,8 @@ def _strays(
     collections = {layout.collection for layout in layouts}
     names = {trigger.name for trigger in wanted}
     for trigger in found.triggers.values():
-        applies_to = _applies_to(trigger)
-        if applies_to:
-            is_stray = applies_to in collections and trigger.table != log
+        if collection := applies_to(trigger):
+            is_stray = collection in collections and trigger.table != log
         else:
             is_stray = trigger.table in {log, *collections}
         if is_stray and trigger.name not in names:
@@ -256,7 +255,7 @@ def removal(log: str, found: Found) -> list[str]:
     if not {LOGS, log} <= found.tables:
         return []
     of_log = [trigger for trigger in found.triggers.values() if trigger.table == log]
-    tables = {log, *map(_applies_to, of_log)}
+    tables = {log, *map(applies_to, of_log)}
     return [
         *(_drop(trigger) for trigger in found.triggers.values() if trigger.table in tables),
         f"DELETE FROM {LOGS} WHERE log='{log}'",
@@ -268,7 +267,7 @@ def _drop(trigger: Trigger) -> str:
     return f"DROP TRIGGER IF EXISTS {trigger.name}"
 
 
-def _applies_to(trigger: Trigger) -> str:
+def applies_to(trigger: Trigger) -> str:
     """The collection that a layout's trigger is for; empty for the other kinds."""
     _, found, rest = trigger.rest.partition("\nDELETE FROM ")
     return rest.split(None, 1)[0].strip('`"') if found else ""
