@@ -1,4 +1,4 @@
-"""The parser of event streams gives the same messages however the bytes were cut, and holds no more than it may."""
+"""The parser of event streams gives the same messages however the bytes were cut, and keeps a bound."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from pb_cached.errors import PBCachedError
 from pb_cached.pocketbase.sse import EventParser, Message, OversizedMessage
 
-STREAM_PARTS = [b"data", b"event", b"id", b"retry", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n", b"x", b"\0"]
-STREAM_PARTS += ["é".encode(), b"\xef\xbb\xbf", b"\xff", b"data:", b"data: a\n", b"event:e\n", b"data:b\r\rdata: c"]
+STREAM_PARTS = [
+    *(b"data", b"event", b"id", b"retry", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n", b"x", b"\0"),
+    *("é".encode(), b"\xef\xbb\xbf", b"\xff", b"data:", b"data: a\n", b"event:e\n", b"data:b\r\rdata: c"),
+]
 
 streams = st.lists(st.sampled_from(STREAM_PARTS), max_size=40).map(b"".join)
 
@@ -31,7 +33,8 @@ def by_the_standard(stream: bytes) -> list[Message]:
         value = value.removeprefix(b" ")
         if line == b"":
             if data != b"":
-                messages.append(Message((event or b"message").decode("utf-8", "replace"), data.removesuffix(b"\n")))
+                name = (event or b"message").decode("utf-8", "replace")
+                messages.append(Message(name, data.removesuffix(b"\n")))
             event, data = b"", b""
         elif field == b"event":
             event = value
@@ -78,8 +81,8 @@ def test_any_cuts_meet_the_bound_at_the_same_message(stream: bytes, max_bytes: i
 
 
 def test_what_pocketbase_sends_is_understood() -> None:
-    sent = b'id:Q7\nevent:PB_CONNECT\ndata:{"clientId":"Q7"}\n\nid:Q7\nevent:rt/*\ndata:{"record":{"t":"a: b"}}\n\n'
-    assert parsed(sent) == [
+    greeting = b'id:Q7\nevent:PB_CONNECT\ndata:{"clientId":"Q7"}\n\n'
+    assert parsed(greeting + b'id:Q7\nevent:rt/*\ndata:{"record":{"t":"a: b"}}\n\n') == [
         Message("PB_CONNECT", b'{"clientId":"Q7"}'),
         Message("rt/*", b'{"record":{"t":"a: b"}}'),
     ]

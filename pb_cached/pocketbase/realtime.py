@@ -28,7 +28,7 @@ from pb_cached.telemetry import Log
 
 PATH: Final = "/api/realtime"
 
-_HELLO: Final = "PB_CONNECT"
+_GREETING: Final = "PB_CONNECT"
 _PAUSES: Final = tenacity.wait_random_exponential(multiplier=0.1, max=5.0)
 """Seconds between attempts: short, as a server that follows nothing reads everything from PocketBase."""
 _HINTS: Final = {
@@ -140,7 +140,7 @@ class RealtimeStream:
 
     So there are never more than two connections. Other topics mean another stream, as PocketBase drops all
     subscriptions of a stream before it takes the new ones, and what it sends between the two is lost. (*) Of two
-    streams, the older one is subscribed to them and takes the lead, unless it was replaced for its age or in doubt.
+    streams, the older one is subscribed to them and leads, unless it was replaced for its age or in doubt.
 
     Mutable state, changed between awaits only: `_topics`, those to be subscribed to; `_leading`, the stream that
     is subscribed; `_trailing`, the one before it, and `_relieved`, since when it is; `_opening`, the next one;
@@ -335,10 +335,12 @@ class RealtimeStream:
 
     def _heard(self, stream: _Stream, message: Message) -> None:
         stream.heard = time.monotonic()
-        if message.event != _HELLO:
+        is_named = stream.client_id.done()
+        if message.event == _GREETING:
+            if not is_named:
+                stream.client_id.set_result(msgspec.json.decode(message.data, type=_Greeting).clientId)
+        elif is_named:
             self._owner.received(message.event, message.data)
-        elif not stream.client_id.done():
-            stream.client_id.set_result(msgspec.json.decode(message.data, type=_Hello).clientId)
 
     def _took_over(self, stream: _Stream) -> None:
         self._opening = None
@@ -432,7 +434,7 @@ class RealtimeStream:
         return is_first
 
 
-class _Hello(Struct):
+class _Greeting(Struct):
     clientId: str
 
 
