@@ -23,6 +23,9 @@ from urllib.parse import urlsplit
 EVERY = range(1, 1_000_000)
 """For `at`: each request that matches."""
 
+STREAM = ("GET", "/api/realtime")
+"""PocketBase's answer to it has no end."""
+
 _PIECE = 64 * 1024
 
 
@@ -33,13 +36,21 @@ class Exchange:
     when nothing more will happen.
     """
 
-    def __init__(self, request: list[bytes], client: asyncio.StreamWriter, host: str, port: int) -> None:
+    def __init__(
+        self,
+        request: list[bytes],
+        reader: asyncio.StreamReader,
+        client: asyncio.StreamWriter,
+        host: str,
+        port: int,
+    ) -> None:
         line, _, _ = request[0].partition(b"\r\n")
         self.method, self.path, _ = line.decode().split(" ")
         self.body = b"".join(request[1:])
         self.status: int | None = None
         self.finished = asyncio.Event()
         self._request = b"".join(request)
+        self._reader = reader
         self._client = client
         self._server = (host, port)
 
@@ -82,11 +93,16 @@ class Exchange:
         self._client.write(content)
         await self._client.drain()
 
-    async def reply(self, status: int, body: bytes) -> None:
+    async def reply(self, status: int, body: bytes, content_type: str = "application/json") -> None:
         """Answer in the place of PocketBase."""
         self.status = status
-        head = f"HTTP/1.1 {status} Fault\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} Fault\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
         await self.send(head.encode() + body)
+
+    async def left(self) -> None:
+        """Return when the client has hung up. For answers that have no end: it sends nothing meanwhile."""
+        with contextlib.suppress(ConnectionError):
+            await self._reader.read(1)
 
     def hang_up(self) -> None:
         """Close the client's connection."""
@@ -142,11 +158,15 @@ async def lost_by_gateway(exchange: Exchange) -> None:
     await exchange.reply(502, b"<html>Bad Gateway</html>")
 
 
-def answer(status: int, body: bytes = b'{"data":{},"message":"By order of the test."}') -> Fault:
+def answer(
+    status: int,
+    body: bytes = b'{"data":{},"message":"By order of the test."}',
+    content_type: str = "application/json",
+) -> Fault:
     """PocketBase is not asked; the client gets this answer."""
 
     async def fault(exchange: Exchange) -> None:
-        await exchange.reply(status, body)
+        await exchange.reply(status, body, content_type)
 
     return fault
 
@@ -159,6 +179,62 @@ def delay(seconds: float) -> Fault:
         await exchange.forward()
 
     return fault
+
+
+async def doubled(exchange: Exchange) -> None:
+    """Every piece of the body arrives two times: of a stream of events, every event."""
+    async with contextlib.aclosing(exchange.ask()) as response:
+        await exchange.send(await anext(response))
+        async for piece in response:
+            await exchange.send(piece + piece)
+
+
+def lagging(seconds: float) -> Fault:
+    """Every piece of the answer arrives later, in its order."""
+
+    async def fault(exchange: Exchange) -> None:
+        async with contextlib.aclosing(exchange.ask()) as response:
+            async for piece in response:
+                await asyncio.sleep(seconds)
+                await exchange.send(piece)
+
+    return fault
+
+
+def cut_at_piece(number: int) -> Fault:
+    """Of the answer, whose head is piece 0, half of this piece arrives, and nothing after it."""
+
+    async def fault(exchange: Exchange) -> None:
+        async with contextlib.aclosing(exchange.ask()) as response:
+            for _ in range(number):
+                await exchange.send(await anext(response))
+            piece = await anext(response)
+            await exchange.send(piece[: len(piece) // 2])
+        exchange.hang_up()
+
+    return fault
+
+
+class Buffer:
+    """Passes on so many pieces of the answer, the head being the first, and keeps what follows until it is opened.
+    `keeps` is set when it keeps something."""
+
+    def __init__(self, passed: int) -> None:
+        self.keeps = asyncio.Event()
+        self._passed = passed
+        self._opened = asyncio.Event()
+
+    def open(self) -> None:
+        self._opened.set()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        async with contextlib.aclosing(exchange.ask()) as response:
+            for _ in range(self._passed):
+                await exchange.send(await anext(response))
+            async for piece in response:
+                self.keeps.set()
+                await self._opened.wait()
+                await exchange.send(piece)
 
 
 class Gate:
@@ -266,13 +342,30 @@ class FaultProxy:
             while not writer.is_closing():
                 request = [piece async for piece in _pieces(reader)]
                 host = urlsplit(self.server)
-                exchange = Exchange(request, writer, str(host.hostname), host.port or 80)
+                exchange = Exchange(request, reader, writer, str(host.hostname), host.port or 80)
                 self.exchanges.append(exchange)
                 due = [rule.fault for rule in self._rules if rule.is_due(exchange)]
+                fault = due[0] if due else Exchange.forward
                 try:
-                    await (due[0] if due else Exchange.forward)(exchange)
+                    if (exchange.method, exchange.path) == STREAM:
+                        await _until_left(exchange, fault)
+                    else:
+                        await fault(exchange)
                 finally:
                     exchange.finished.set()
+
+
+async def _until_left(exchange: Exchange, fault: Fault) -> None:
+    """A stream has no end of its own: PocketBase learns at once that its client has left."""
+    answering, leaving = asyncio.ensure_future(fault(exchange)), asyncio.create_task(exchange.left())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.wait({answering, leaving})
+    if not answering.cancelled():
+        answering.result()
 
 
 async def _pieces(reader: asyncio.StreamReader, *, bodiless: bool = False) -> AsyncIterator[bytes]:

@@ -13,21 +13,26 @@ import pytest_asyncio
 from pb_cached import PocketBaseServer
 from tests.faults import (
     EVERY,
+    Buffer,
     Fault,
     FaultProxy,
     Gate,
     answer,
     cut_after,
+    cut_at_piece,
     cut_before,
     cut_in_request,
     cut_in_response,
     delay,
+    doubled,
+    lagging,
     lost_by_gateway,
     twice,
 )
 
 RECORDS = "/api/collections/_superusers/records"
 BATCH = "/api/batch"
+REALTIME = "/api/realtime"
 
 
 @pytest_asyncio.fixture
@@ -154,3 +159,53 @@ async def test_nothing_listens_where_the_proxy_is_down(proxy: FaultProxy, http: 
         with pytest.raises(httpx.ConnectError):
             await http.get("/api/health")
     assert (await http.get("/api/health")).status_code == 200
+
+
+async def greeting(http: httpx.AsyncClient, count: int = 1) -> bytes:
+    """The first events of a stream, which is then left."""
+    arrived = b""
+    async with http.stream("GET", REALTIME) as response:
+        async for piece in response.aiter_bytes():
+            arrived += piece
+            if arrived.count(b"\n\n") == count:
+                return arrived
+    raise AssertionError("the stream ended")
+
+
+async def test_a_stream_that_its_client_leaves_is_left_by_the_proxy_too(
+    proxy: FaultProxy, http: httpx.AsyncClient
+) -> None:
+    assert b"PB_CONNECT" in await greeting(http)
+    await proxy.exchanges[0].finished.wait()
+
+
+async def test_a_doubled_stream_says_everything_twice(proxy: FaultProxy, http: httpx.AsyncClient) -> None:
+    proxy.plan("GET", REALTIME, doubled)
+    first, second, _ = (await greeting(http, count=2)).split(b"\n\n")
+    assert b"PB_CONNECT" in first and first == second
+
+
+async def test_a_lagging_stream_is_late_with_every_piece(proxy: FaultProxy, http: httpx.AsyncClient) -> None:
+    proxy.plan("GET", REALTIME, lagging(0.1))
+    before = time.monotonic()
+    assert b"PB_CONNECT" in await greeting(http)
+    assert time.monotonic() - before >= 0.2
+
+
+async def test_a_stream_is_cut_in_the_middle_of_a_piece(proxy: FaultProxy, http: httpx.AsyncClient) -> None:
+    proxy.plan("GET", REALTIME, cut_at_piece(1))
+    with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+        await greeting(http)
+
+
+async def test_a_buffer_keeps_what_it_does_not_pass_until_it_is_opened(
+    proxy: FaultProxy, http: httpx.AsyncClient
+) -> None:
+    buffer = Buffer(passed=1)
+    proxy.plan("GET", REALTIME, buffer)
+    asking = asyncio.create_task(greeting(http))
+    await buffer.keeps.wait()
+    done, _ = await asyncio.wait([asking], timeout=0.1)
+    assert not done
+    buffer.open()
+    assert b"PB_CONNECT" in await asking

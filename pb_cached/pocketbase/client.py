@@ -11,7 +11,8 @@ import copy
 import functools
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Annotated, Any, Final
@@ -127,6 +128,7 @@ class PocketBaseClient:
         self.url = address.url
         self._http = http
         self._sender = _reading_first(http)
+        self._streamer = _unhooked(http)
         self._credentials = address.credentials
         self._settings = settings
         self._log = log
@@ -148,6 +150,7 @@ class PocketBaseClient:
         repeatable: bool | None = None,
         verdict: Callable[[Answer], Verdict] = by_status,
         deadline: float | None = None,
+        connection_within: float | None = None,
     ) -> Answer:
         """Send a request and return its answer, whatever its status.
 
@@ -156,14 +159,19 @@ class PocketBaseClient:
             repeatable: may it be sent again where it is unknown whether it arrived? By default, what reads may.
             verdict: tells answers that must not be taken as such.
             deadline: seconds until it ends, answered or not; `retry_for` by default.
+            connection_within: seconds that it may wait for a connection; by default the HTTP client's own, and
+                then it is tried again.
 
         Raises:
+            NoConnection: none was free for `connection_within` seconds.
             Unreached: no answer until the deadline, or to a request that must not be repeated. Its `unanswered`
                 tells whether an attempt may have arrived.
             AuthenticationFailed: the credentials are refused.
         """
+        what = f"{method} {path}"
         may_repeat = method in ("GET", "HEAD") if repeatable is None else repeatable
         headers = {"Content-Type": "application/json"} if body is not None else {}
+        options = {} if connection_within is None else {"timeout": self._timeout(pool=connection_within)}
         known = _Known()
 
         async def attempt() -> Answer:
@@ -177,9 +185,13 @@ class PocketBaseClient:
                     params=params,
                     content=body,
                     headers={**headers, "Authorization": token.reveal()},
+                    **options,
                 )
             except httpx.RequestError as error:
                 known.trouble = _named(error)
+                if isinstance(error, httpx.PoolTimeout) and connection_within is not None:
+                    known.in_doubt = in_doubt
+                    raise _no_connection(what, connection_within) from error
                 if isinstance(error, _NEVER_SENT):
                     known.in_doubt = in_doubt
                     raise _Passing from error
@@ -198,7 +210,6 @@ class PocketBaseClient:
                 raise _Passing
             return answer
 
-        what = f"{method} {path}"
         limit = self._settings.retry_for if deadline is None else deadline
         try:
             return await self._repeated(attempt, what, known, limit, first_wait=0.02)
@@ -234,17 +245,58 @@ class PocketBaseClient:
         self, answer: Answer, what: str, path: str = ""
     ) -> RequestRejected | CollectionNotFound | AuthenticationFailed:
         """The error for a refused request. The arguments are those of `refused`."""
-        if answer.status in (401, 403) and not await self._is_superuser():
+        if answer.status in (401, 403) and not await self.is_superuser():
             return AuthenticationFailed(
                 f"{what}: PocketBase at {self.url} does not accept the token as a superuser's; "
                 "it may have expired or its password may have been changed"
             )
         return refused(answer, what, path)
 
-    async def _is_superuser(self) -> bool:
-        """Ask the endpoint that says 401 to a dead token rather than 403 (facts: pocketbase, section 1)."""
-        answer = await self.send("GET", "/api/collections", params={"perPage": 1, "skipTotal": 1})
+    async def is_superuser(self, deadline: float | None = None) -> bool:
+        """Ask the endpoint that says 401 to a dead token rather than 403 (facts: pocketbase, section 1).
+
+        Where we can sign in, this replaces a token that is dead.
+        """
+        params = {"perPage": 1, "skipTotal": 1}
+        answer = await self.send("GET", "/api/collections", params=params, deadline=deadline)
         return answer.status not in (401, 403)
+
+    @asynccontextmanager
+    async def stream(self, path: str, *, read: float, connection_within: float) -> AsyncIterator[httpx.Response]:
+        """GET a body that goes on and on, and leave it to the caller to read it. Without authorization; sent once.
+
+        Args:
+            read: seconds that it may be silent.
+            connection_within: seconds that it may wait for a connection, which it then keeps.
+
+        Raises:
+            NoConnection, PocketBaseUnavailable: also out of reading it.
+        """
+        self._refuse_if_closed()
+        what = f"GET {path}"
+        try:
+            async with self._streamer.stream(
+                "GET",
+                self.url + path,
+                headers={
+                    "Accept": "text/event-stream",
+                    "Accept-Encoding": "identity",
+                    "Cache-Control": "no-store",
+                },
+                timeout=self._timeout(read=read, pool=connection_within),
+            ) as response:
+                yield response
+        except httpx.PoolTimeout as error:
+            raise _no_connection(what, connection_within) from error
+        except httpx.RequestError as error:
+            raise PocketBaseUnavailable(f"{what} at {self.url}: {_named(error)}") from error
+
+    def _timeout(self, *, pool: float, read: float | None = None) -> httpx.Timeout:
+        """The HTTP client's own, but for what is given."""
+        own = self._http.timeout
+        return httpx.Timeout(
+            connect=own.connect, read=own.read if read is None else read, write=own.write, pool=pool
+        )
 
     async def _current_token(self, refused_token: Secret | None) -> Secret:
         if self._token is not None and self._token != refused_token:
@@ -304,14 +356,17 @@ class PocketBaseClient:
 
     async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
         """Send it once. The caller's client is no worse for having hooks, and it may be closed at any time."""
-        if self._http.is_closed:
-            raise PBCachedError(
-                "the http_client that the database was given is closed: keep it open for longer than the database"
-            )
+        self._refuse_if_closed()
         try:
             return await self._sender.request(method, self.url + path, **content)
         except httpx.HTTPStatusError as error:  # by a hook of the caller's
             return error.response
+
+    def _refuse_if_closed(self) -> None:
+        if self._http.is_closed:
+            raise PBCachedError(
+                "the http_client that the database was given is closed: keep it open for longer than the database"
+            )
 
     async def _repeated(
         self, attempt: Callable[[], Awaitable[Answer]], what: str, known: _Known, limit: float, first_wait: float
@@ -342,6 +397,14 @@ class Unreached(PocketBaseUnavailable):
     def __init__(self, message: str, *, unanswered: bool) -> None:
         super().__init__(message)
         self.unanswered = unanswered
+
+
+class NoConnection(PocketBaseUnavailable):
+    """All connections that the HTTP client may have were in use. Nothing was sent."""
+
+
+def _no_connection(what: str, seconds: float) -> NoConnection:
+    return NoConnection(f"{what}: no connection of the HTTP client was free for {seconds:g} s")
 
 
 def refused(answer: Answer, what: str, path: str = "") -> RequestRejected | CollectionNotFound:
@@ -413,6 +476,13 @@ def _reading_first(http: httpx.AsyncClient) -> httpx.AsyncClient:
         return http
     twin = copy.copy(http)
     twin.event_hooks = {**http.event_hooks, "response": [httpx.Response.aread, *http.event_hooks["response"]]}
+    return twin
+
+
+def _unhooked(http: httpx.AsyncClient) -> httpx.AsyncClient:
+    """The caller's client without hooks for responses: one that reads what it is given would never end."""
+    twin = copy.copy(http)
+    twin.event_hooks = {**http.event_hooks, "response": []}
     return twin
 
 
