@@ -34,6 +34,7 @@ from pb_cached.cache.collection import CollectionCache, Rule
 from pb_cached.cache.predicate import compile_where
 from pb_cached.cache.rules import indexed_fields, rule_for
 from pb_cached.cache.stats import CollectionStats
+from pb_cached.cache.watches import Wake
 from pb_cached.config import Config, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
@@ -55,7 +56,7 @@ from pb_cached.pocketbase.commit import Operation, Reply
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
-from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads
+from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads, WatchedCommits
 from pb_cached.reading.order import after, position
 from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
@@ -303,7 +304,8 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             await self._codec(spec),
             connection,
             committer,
-            rule if self._config.caches else None,
+            rule,
+            self._config.caches,
             self._config.writes.deadline,
             self._log,
         )
@@ -343,13 +345,15 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         codec: RecordCodec,
         connection: Connection,
         committer: Committer,
-        rule: Rule | None,
+        rule: Rule,
+        caches: bool,
         patience: float,
         log: Log,
     ) -> None:
         """
         Args:
-            rule: how the collection is cached; None where every read goes to PocketBase.
+            rule: how the collection is cached, if it is.
+            caches: else every read goes to PocketBase.
             patience: seconds for which an update is tried again that other servers overtake.
         """
         self.codec = codec
@@ -359,8 +363,12 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._connection = connection
         self._committer = committer
         self._log = log
-        self._cached = connection.cached(spec.name, codec.layout, partial(self._new_cache, rule)) if rule else None
+        make = partial(self._new_cache, rule)
+        self._cached = connection.cached(spec.name, codec.layout, make) if caches else None
         self._reads: Reads = self._cached or self._direct()
+        self._watched = self._cached or WatchedCommits(
+            rule, partial(committer.follow, spec.name), partial(committer.unfollow, spec.name)
+        )
         self._changes = RecordChanges(codec, self._record, self._apply, patience)
         self._closed = False
 
@@ -377,8 +385,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         return reads
 
     def close(self) -> None:
-        """Take no more calls. What was submitted is committed all the same."""
+        """Take no more calls. What was submitted is committed all the same, and who watches is woken to see that
+        it is over."""
         self._closed = True
+        self._watched.wake_all()
 
     def stats(self) -> CollectionStats | None:
         """What the collection's cache holds and has done; None where it has no cache."""
@@ -394,6 +404,20 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """The same, without waiting. That it fails is logged."""
         if self._cached:
             self._cached.loader.warm_in_background()
+
+    @property
+    def hears_everything(self) -> bool:
+        """Does a watch hear of all changes that reads show, or of this process's own alone?"""
+        return self._cached is not None
+
+    def watch(self, filters: Where, wake: Wake) -> Callable[[], None]:
+        """Call `wake` whenever a read with this filter may show something new. Until what is returned is called.
+
+        Watch first, then look, then wait: what has changed since the look has woken. `wake` must only note it.
+        What woke it is seen by the next read.
+        """
+        self._require_open()
+        return self._watched.watch(filters, wake)
 
     async def find(
         self,

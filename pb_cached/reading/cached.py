@@ -17,6 +17,7 @@ from pb_cached.cache.collection import DELETED, CollectionCache, State
 from pb_cached.cache.partition import Entry, Key, Partition, decoded, find, since
 from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.query import MOST_VALUES, keys_of, least_of, only_key, values_of
+from pb_cached.cache.watches import Wake
 from pb_cached.errors import SchemaError
 from pb_cached.exact import loads
 from pb_cached.pocketbase.codec import RecordCodec, Row
@@ -128,6 +129,14 @@ class CachedReads:
             self.cache.stats.hits += 1
         else:
             self.cache.stats.negative_hits += 1
+
+    def watch(self, where: Mapping[str, Any], wake: Wake) -> Callable[[], None]:
+        """Call `wake` whenever the answer may be different now. Until what is returned is called."""
+        return self.cache.watches.add(keys_of(where, self.cache), wake)
+
+    def wake_all(self) -> None:
+        """Have everybody look again who watches."""
+        self.cache.watches.all_changed()
 
     # what became of our own operations
 

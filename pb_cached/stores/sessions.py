@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Final, Self, cast
 
@@ -9,9 +10,11 @@ import semver
 from parlant.core.common import Version
 from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import BaseDocument, CollectionIndex
-from parlant.core.sessions import SessionDocumentStore
+from parlant.core.sessions import SessionDocumentStore, SessionId
 from typing_extensions import override
 
+from pb_cached.database import PocketBaseDocumentCollection
+from pb_cached.errors import PBCachedError
 from pb_cached.stores.held import HoldsItsWrites, held
 
 _UNCHANGED_SINCE = "0.8.0"
@@ -45,6 +48,25 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         await self._event_collection.ensure_indexes([_OFFSETS])
         return self
 
+    @property
+    def hears_everything(self) -> bool:
+        """Does `watch` hear of all changes that reads show, or of this process's own alone?"""
+        return _ours(self._event_collection).hears_everything
+
+    def watch(self, session_id: SessionId, wake: Callable[[], None]) -> Callable[[], None]:
+        """Call `wake` whenever the session or its events may have changed. Until what is returned is called.
+
+        Watch first, then look, then wait: `wake` must only note it, and what woke it is seen by the next read.
+        """
+        leave_session = _ours(self._session_collection).watch({"id": {"$eq": session_id}}, wake)
+        leave_events = _ours(self._event_collection).watch({"session_id": {"$eq": session_id}}, wake)
+
+        def leave() -> None:
+            leave_session()
+            leave_events()
+
+        return leave
+
     @override
     async def _event_document_loader(self, doc: BaseDocument) -> Any:
         if semver.Version.parse(doc["version"]) <= semver.Version.parse(_UNCHANGED_SINCE):
@@ -54,3 +76,9 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
                 return None
             doc = cast(BaseDocument, {**migrated, "version": Version.String("0.9.0")})
         return await super()._event_document_loader(doc)
+
+
+def _ours(collection: object) -> PocketBaseDocumentCollection[Any]:
+    if not isinstance(collection, PocketBaseDocumentCollection):
+        raise PBCachedError("only the sessions of an open store on a PocketBaseDocumentDatabase can be watched")
+    return collection
