@@ -360,7 +360,7 @@ def test_who_leaves_is_not_woken_and_not_remembered() -> None:
 class AnyOrder(RuleBasedStateMachine):
     """PocketBase is a dict of the latest states. Changes are told late, twice, or in any order; reads take their
     rows at some moment between their beginning and their end; a foreign hand writes and leaves the revision.
-    Somebody watches every partition, and looks at it some time after he was woken."""
+    Somebody watches every partition, and looks at it when he is woken."""
 
     told = Bundle("told")
     edited = Bundle("edited")
@@ -465,19 +465,18 @@ class AnyOrder(RuleBasedStateMachine):
         assert key is not None
         self.cache.forget(key)
 
-    @rule(session=st.sampled_from(SESSIONS))
-    def look(self, session: str) -> None:
+    @invariant()
+    def who_was_woken_looks(self) -> None:
         """As a reader does: at what is cached, else at PocketBase."""
-        if session not in self.woken:
-            return
-        self.woken.discard(session)
-        key = self.cache.key(session)
-        assert key is not None
-        shown = self.cache.get(key)
-        if shown is not None:
-            self.seen[session] = {entry.record: entry.document for entry in shown.entries}
-        else:
-            self.seen[session] = {s.record: s.document for s in self.stored.values() if s.key == key}
+        while self.woken:
+            session = self.woken.pop()
+            key = self.cache.key(session)
+            assert key is not None
+            shown = self.cache.get(key)
+            if shown is not None:
+                self.seen[session] = {entry.record: entry.document for entry in shown.entries}
+            else:
+                self.seen[session] = {s.record: s.document for s in self.stored.values() if s.key == key}
 
     def finish(self, reading: Reading, rows: list[State]) -> None:
         if reading.key is None:
@@ -502,8 +501,8 @@ class AnyOrder(RuleBasedStateMachine):
             self.cache.apply(change)
         for edit in self.untold_edits:
             self.cache.edited(edit)
+        self.who_was_woken_looks()
         for session in SESSIONS:
-            self.look(session)
             there = {s.record: s.document for s in self.stored.values() if s.key == f"0:{session}"}
             assert there.items() <= self.seen[session].items()
         for session in SESSIONS:

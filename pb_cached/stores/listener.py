@@ -1,8 +1,9 @@
 """Parlant's session listener, woken by what changes instead of asking four times a second.
 
 Every wait of Parlant's is for a number to reach a mark: the offset of the newest event that counts, or how much of
-a streamed message is there. All who wait for the same number share a `_Lookout`: it looks once, for all of them,
-whenever the session has changed, and wakes those whose mark is reached. While nothing changes nothing is done.
+a streamed message is there. All who wait for the same number share a `_Lookout`: it looks for all of them, when
+they come and whenever the session has changed, and tells those whose mark is reached. While nothing changes,
+nothing is done.
 
 The store hears of every change where its cache does. With the cache off it hears of this server's own commits,
 and looks as often as Parlant's listener for those of the others.
@@ -145,18 +146,16 @@ class PocketBaseSessionListener(SessionListener):
             lookout = self._lookouts[what] = _Lookout(look, every, partial(self._store.watch, session_id))
         waiting = lookout.join(mark)
         try:
-            # The store is watched by now: what this look does not show will wake the lookout. It is a look of our
-            # own, as one that is under way may be from before an event that our caller knows of.
-            if await look(mark) >= mark:
-                return True
-            seconds = timeout.remaining()
-            if seconds == 0:
+            # The store is watched by now: what the look that begins here does not show will wake the lookout.
+            if seconds := timeout.remaining():
+                lookout.wake()
+                await asyncio.wait([waiting], timeout=None if seconds == math.inf else seconds)
+            if not waiting.done():
+                await asyncio.wait([lookout.look()])
+            if not waiting.done():
                 return False
-            await asyncio.wait([waiting], timeout=None if seconds == math.inf else seconds)
-            if waiting.done():
-                waiting.result()
-                return True
-            return await look(mark) >= mark
+            waiting.result()
+            return True
         finally:
             if lookout.leave(waiting):
                 del self._lookouts[what]
@@ -165,9 +164,12 @@ class PocketBaseSessionListener(SessionListener):
 class _Lookout:
     """Looks at one number for all who wait for it.
 
-    Mutable state, changed between awaits only: `_waiting`, who waits for which mark; `_changed`, whether the
-    number may be another one since the last look began; `_looking`, the task that looks, there exactly while it
-    does; `_timer`, for the look that is due though nothing was heard of.
+    Looks are made one at a time. Whatever asks for one while one is under way gets the next, and shares it with
+    all that ask meanwhile: the one under way may be from before an event that somebody knows of.
+
+    Mutable state, changed between awaits only: `_waiting`, who waits for which mark; `_again`, whether there must
+    be a look that begins from now on, and `_next`, which is done when it has ended; `_looking`, the task that
+    looks, there exactly while it does; `_timer`, for the look that is due though nothing was heard of.
     """
 
     def __init__(
@@ -181,13 +183,14 @@ class _Lookout:
         self._look = look
         self._interval = interval
         self._waiting: dict[asyncio.Future[None], float] = {}
-        self._changed = False
+        self._again = False
+        self._next: asyncio.Future[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._unwatch = watch(self.wake)
         self._timer = asyncio.get_running_loop().call_later(interval, self.wake)
 
     def join(self, mark: float) -> asyncio.Future[None]:
-        """What is done when the mark is reached, or when looking has failed."""
+        """What is done when the mark is reached, or when a look has failed that began after this."""
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[waiting] = mark
         return waiting
@@ -204,23 +207,32 @@ class _Lookout:
         return True
 
     def wake(self) -> None:
-        """The number may have changed: look at it, or again after the look that is under way."""
-        self._changed = True
+        """Look: the number may have changed."""
+        self._again = True
         if self._looking is None:
             self._looking = asyncio.create_task(self._keep_looking())
+
+    def look(self) -> asyncio.Future[None]:
+        """Look. Done when that has ended, however it did; not to be cancelled, as others may wait for it."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        self.wake()
+        return self._next
 
     async def _keep_looking(self) -> None:
         self._timer.cancel()
         try:
-            while self._changed:
-                self._changed = False
+            while self._again:
+                self._again = False
+                ended, self._next = self._next, None
                 await self._look_once()
+                if ended is not None:
+                    ended.set_result(None)
         finally:
             self._looking = None
         self._timer = asyncio.get_running_loop().call_later(self._interval, self.wake)
 
     async def _look_once(self) -> None:
-        # Who joins while this look is under way has one of his own, and for him this one may be too old.
         marks = {waiting: mark for waiting, mark in self._waiting.items() if not waiting.done()}
         if not marks:
             return

@@ -107,7 +107,8 @@ class Stores:
 
         async def configure(container: Container) -> Container:
             container = await self._configure_listener(container)
-            return container if configure_container is None else await configure_container(container)
+            # What a container defines it defines once; but a clone of it may define it anew.
+            return container if configure_container is None else await configure_container(container.clone())
 
         return {
             "session_store": self.session_store,
