@@ -138,9 +138,23 @@ class CollectionSettings(Section, frozen=True):
 class CoherenceSettings(Section, frozen=True):
     """`[coherence]`: who else writes, and what the cache must do about it."""
 
-    mode: Literal["exclusive", "off"] | None = None
-    """`exclusive`: nobody but this process writes, so the cache is never stale. `off`: every read goes to
-    PocketBase. Unset: `exclusive` where `open_stores` starts a PocketBase of its own, else `off`."""
+    mode: Literal["realtime", "exclusive", "off"] | None = None
+    """`realtime`: the cache follows what others commit. `exclusive`: nobody but this process writes, so the
+    cache is never stale. `off`: every read goes to PocketBase. Unset: `exclusive` where `open_stores` starts a
+    PocketBase of its own, else `off`."""
+    max_staleness: Seconds = 5.0
+    """No answer from the cache is older, while PocketBase can be reached."""
+    heartbeat: Seconds = 1.0
+    """How often is proven that nothing is missing."""
+    audit_interval: Annotated[float, Meta(ge=0, le=86_400)] = 10.0
+    """How often a partition is compared with what PocketBase holds; 0: never."""
+
+    def __post_init__(self) -> None:
+        if self.heartbeat > self.max_staleness / 2:
+            raise ValueError(
+                f"coherence.heartbeat ({self.heartbeat:g}) must be at most half of max_staleness "
+                f"({self.max_staleness:g})"
+            )
 
 
 class LoggingSettings(Section, frozen=True):
@@ -165,7 +179,7 @@ class Config(Section, frozen=True):
     @property
     def caches(self) -> bool:
         """Is anything kept in memory at all?"""
-        return self.coherence.mode == "exclusive" and self.cache.max_bytes > 0
+        return self.coherence.mode in ("realtime", "exclusive") and self.cache.max_bytes > 0
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Config:

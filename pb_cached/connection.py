@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from pb_cached.cache.memory import Memory
+from pb_cached.coherence import Follower
 from pb_cached.config import Address, Config
 from pb_cached.errors import ConfigError
 from pb_cached.pocketbase.client import PocketBaseClient, http_client
@@ -54,6 +55,11 @@ class Connection:
         self._log = log
         self._server = secrets.token_hex(6)
         self._committers: dict[str, asyncio.Task[Committer]] = {}
+        self.follower = (
+            Follower(client, self._server, config.coherence, dialect.sql, log)
+            if config.coherence.mode == "realtime" and config.caches
+            else None
+        )
         self._caches: dict[tuple[str, Layout], CachedReads] = {}
 
     async def committer(self, log: str) -> Committer:
@@ -114,6 +120,16 @@ class Connection:
             return BatchPath(self.client, self.dialect, self.schema, log_collection(log), self._server)
         return SinglePath(self.client)
 
+    def can_follow(self, committer: Committer) -> bool:
+        """Can others' commits to this log be followed? It takes a log that holds all that they have changed."""
+        return self.follower is not None and isinstance(committer.path, LogPath)
+
+    def follow_log(self, committer: Committer, log: str, home: str) -> None:
+        """Follow what others commit to this log, from the moment that it is subscribed on."""
+        assert self.follower is not None and isinstance(committer.path, LogPath)
+        path = committer.path
+        self.follower.follow_log(log, home, lambda: path.last, self._config.writes.log_retention, committer.trim)
+
     def cached(self, collection: str, layout: Layout, make: Callable[[], CachedReads]) -> CachedReads:
         """The cached reads of a collection, made by the first database that asks for them."""
         if (collection, layout) not in self._caches:
@@ -128,6 +144,8 @@ class Connection:
 
     async def close(self) -> None:
         """Drain all committers. Raises what the first of them raises, after all have been tried."""
+        if self.follower is not None:
+            await self.follower.aclose()
         for reads in self._caches.values():
             await reads.loader.close()
         making = list(self._committers.values())
@@ -211,7 +229,10 @@ async def _open(
     if dialect.sql:
         await drop_orphans(client, log)
     log.debug("connected", url=address.url, **msgspec.structs.asdict(dialect))
-    return Connection(client, dialect, config, log, users)
+    connection = Connection(client, dialect, config, log, users)
+    if connection.follower is not None:
+        await connection.follower.start()
+    return connection
 
 
 def _has_failed(task: asyncio.Task[Committer]) -> bool:

@@ -34,6 +34,8 @@ from pb_cached.cache.collection import CollectionCache, Rule
 from pb_cached.cache.predicate import compile_where
 from pb_cached.cache.rules import indexed_fields, rule_for
 from pb_cached.cache.stats import CollectionStats
+from pb_cached.cache.watches import Wake
+from pb_cached.coherence import FollowedCollection
 from pb_cached.config import Config, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
@@ -55,7 +57,7 @@ from pb_cached.pocketbase.commit import CommitPath, Operation, Reply
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
-from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads
+from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads, WatchedCommits
 from pb_cached.reading.order import after, position
 from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
@@ -194,6 +196,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 sum(committer.queued_bytes for committer in committers),
                 [committer.counters for committer in committers],
             ),
+            coherence=connection.follower.stats() if connection.follower else None,
         )
 
     async def warm(self, *names: str) -> None:
@@ -324,7 +327,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             await self._codec(spec, log, committer.path),
             connection,
             committer,
-            rule if self._config.caches else None,
+            self._caching(rule, log, committer),
             self._config.writes.deadline,
             self._log,
         )
@@ -343,6 +346,23 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             collection.warm_in_background()
         return collection
 
+    def _caching(self, rule: Rule, log: str, committer: Committer) -> Caching:
+        """How a collection is cached, if it is. From now on its log is followed, if it must be."""
+        connection = self._opened()
+        if not self._config.caches or self._config.coherence.mode != "realtime":
+            return Caching(rule, self._config.caches)
+        if not connection.can_follow(committer):
+            self._log.warning(
+                'every read goes to PocketBase: mode "realtime" follows the log path, and commits go by another',
+                log=log,
+                path=committer.path.name,
+            )
+            return Caching(rule, False)
+        home = shared_log(self._prefix)
+        connection.follow_log(self._committers[home], home, home)
+        connection.follow_log(committer, log, home)
+        return Caching(rule, True, log)
+
     async def _codec(self, spec: CollectionSpec, log: str, path: CommitPath) -> RecordCodec:
         connection = self._opened()
         layout = await connection.schema.ensure(spec)
@@ -357,6 +377,16 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         return Failures(spec.name, await self._codec(spec, log, committer.path))
 
 
+class Caching(msgspec.Struct, frozen=True):
+    """How a collection is cached."""
+
+    rule: Rule
+    is_on: bool
+    """Else every read goes to PocketBase."""
+    follows: str | None = None
+    """The log that others commit to; None where nobody else writes."""
+
+
 class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocument]):
     """A collection of documents. Every document it returns belongs to the caller."""
 
@@ -366,13 +396,12 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         codec: RecordCodec,
         connection: Connection,
         committer: Committer,
-        rule: Rule | None,
+        caching: Caching,
         patience: float,
         log: Log,
     ) -> None:
         """
         Args:
-            rule: how the collection is cached; None where every read goes to PocketBase.
             patience: seconds for which an update is tried again that other servers overtake.
         """
         self.codec = codec
@@ -382,26 +411,40 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._connection = connection
         self._committer = committer
         self._log = log
-        self._cached = connection.cached(spec.name, codec.layout, partial(self._new_cache, rule)) if rule else None
-        self._reads: Reads = self._cached or self._direct()
+        make = partial(self._new_cache, caching)
+        self._cached = connection.cached(spec.name, codec.layout, make) if caching.is_on else None
+        self._reads: Reads = self._cached or self._direct(self.reader)
+        self._watched = self._cached or WatchedCommits(
+            caching.rule, partial(committer.follow, spec.name), partial(committer.unfollow, spec.name)
+        )
         self._changes = RecordChanges(codec, self._record, self._apply, patience)
         self._closed = False
 
-    def _direct(self) -> DirectReads:
-        return DirectReads(self.codec, self.reader, self.filters, self._connection.dialect)
+    def _direct(self, reader: RecordReader) -> DirectReads:
+        return DirectReads(self.codec, reader, self.filters, self._connection.dialect)
 
-    def _new_cache(self, rule: Rule) -> CachedReads:
-        cache = CollectionCache(rule, self._connection.memory)
-        loader = Loader(cache, self.codec, self.reader, self.filters, self._log)
-        reads = CachedReads(
-            cache, loader, self._direct(), self.codec, partial(self._committer.settled, self._spec.name)
-        )
+    def _new_cache(self, caching: Caching) -> CachedReads:
+        connection, log, codec = self._connection, caching.follows, self.codec
+        cache = CollectionCache(caching.rule, connection.memory)
+        if log is None or connection.follower is None:
+            ready, may_answer, reader = _at_once, _always, self.reader
+        else:
+            ready = partial(connection.follower.caught_up, log)
+            may_answer = connection.follower.follow(log, FollowedCollection(cache, codec), self.reader)
+            reader = RecordReader(
+                connection.client, connection.dialect, codec, seen=lambda rows: reads.glimpsed(rows)
+            )
+        loader = Loader(cache, codec, self.reader, self.filters, ready, self._log)
+        settled = partial(self._committer.settled, self._spec.name)
+        reads = CachedReads(cache, loader, self._direct(reader), codec, settled, may_answer)
         self._committer.follow(self._spec.name, reads)
         return reads
 
     def close(self) -> None:
-        """Take no more calls. What was submitted is committed all the same."""
+        """Take no more calls. What was submitted is committed all the same, and who watches is woken to see that
+        it is over."""
         self._closed = True
+        self._watched.wake_all()
 
     def stats(self) -> CollectionStats | None:
         """What the collection's cache holds and has done; None where it has no cache."""
@@ -417,6 +460,20 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """The same, without waiting. That it fails is logged."""
         if self._cached:
             self._cached.loader.warm_in_background()
+
+    @property
+    def hears_everything(self) -> bool:
+        """Does a watch hear of all changes that reads show, or of this process's own alone?"""
+        return self._cached is not None
+
+    def watch(self, filters: Where, wake: Wake) -> Callable[[], None]:
+        """Call `wake` whenever a read with this filter may show something new. Until what is returned is called.
+
+        Watch first, then look, then wait: what has changed since the look has woken. `wake` must only note it.
+        What woke it is seen by the next read.
+        """
+        self._require_open()
+        return self._watched.watch(filters, wake)
 
     async def find(
         self,
@@ -655,6 +712,14 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
         (reply,) = await self._committer.write(again)
         return reply
+
+
+def _always() -> bool:
+    return True
+
+
+async def _at_once() -> None:
+    return
 
 
 def _state(match: Match) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from pb_cached.cache.stats import CollectionStats
+from pb_cached.coherence.stats import CoherenceStats
 from pb_cached.writes.stats import WriteStats
 
 
@@ -18,4 +19,6 @@ class Stats(Struct, frozen=True, kw_only=True):
     collections: dict[str, CollectionStats]
     """By the collections that are open and cached."""
     writes: WriteStats
-    """The commits of this database's log."""
+    """The commits of this database."""
+    coherence: CoherenceStats | None = None
+    """How the caches follow what other servers commit; None where they need not."""

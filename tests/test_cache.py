@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import pytest
@@ -268,12 +269,98 @@ def test_a_partition_knows_its_order_and_size(steps: list[tuple[int, str, bool]]
         assert [entry.record for entry in partition.entries] == sorted(records)
 
 
+# --- who waits is told -----------------------------------------------------------------------------------------
+
+
+def woken(cache: CollectionCache, session: str = "s1") -> list[str]:
+    """Grows by one whenever the partition's watchers are woken."""
+    calls: list[str] = []
+    key = cache.key(session)
+    assert key is not None
+    cache.watches.add([key], lambda: calls.append(session))
+    return calls
+
+
+def test_a_change_wakes_who_watches_its_partition_cached_or_not() -> None:
+    cache = cache_of()
+    one, other = woken(cache, "s1"), woken(cache, "s2")
+    cache.apply(state(cache, "a"))
+    load(cache, "s1", state(cache, "a"))
+    assert (one, other) == (["s1"], []), "that it is cached from now on is no change"
+    cache.apply(state(cache, "a", 2))
+    cache.apply(State("a", DELETED))
+    assert (one, other) == (["s1"] * 3, [])
+
+
+def test_a_record_that_moves_wakes_who_watches_either_partition() -> None:
+    cache = cache_of()
+    load(cache, "s1", state(cache, "a"))
+    one, other = woken(cache, "s1"), woken(cache, "s2")
+    cache.apply(state(cache, "a", 2, session="s2"))
+    assert (one, other) == (["s1"], ["s2"])
+
+
+def test_a_change_that_a_load_was_faster_with_wakes_all_the_same() -> None:
+    """Whoever looked before the partition was evicted does not know of it."""
+    cache = cache_of()
+    load(cache, "s1", state(cache, "a"))
+    key = cache.key("s1")
+    assert key is not None
+    calls = woken(cache)
+    cache.forget(key)
+    load(cache, "s1", state(cache, "a"), state(cache, "b"))
+    cache.apply(state(cache, "b"))
+    assert calls == ["s1"]
+
+
+def test_doubt_and_its_end_wake() -> None:
+    cache = cache_of()
+    load(cache, "s1", state(cache, "a"))
+    calls = woken(cache)
+    cache.edited(state(cache, "a", text="by hand"))
+    assert calls == ["s1"]
+    cache.settle(cache.begin_again(), {"a": state(cache, "a", text="by hand")})
+    assert calls == ["s1"] * 2
+
+
+def test_distrust_and_an_unknown_outcome_wake_and_eviction_does_not() -> None:
+    cache = cache_of()
+    load(cache, "s1", state(cache, "a"))
+    one, other = woken(cache, "s1"), woken(cache, "s2")
+    key = cache.key("s1")
+    assert key is not None
+    cache.forget(key)
+    assert one == []
+    cache.distrust(key)
+    cache.avoid(key)
+    assert (one, other) == (["s1"] * 2, [])
+    cache.avoid(None)
+    assert (one, other) == (["s1"] * 3, ["s2"])
+
+
+def test_who_leaves_is_not_woken_and_not_remembered() -> None:
+    cache = cache_of()
+    calls: list[str] = []
+    key = cache.key("s1")
+    assert key is not None
+    leave = cache.watches.add([key], lambda: calls.append("one"))
+    leave_all = cache.watches.add(None, lambda: calls.append("all"))
+    cache.apply(state(cache, "a"))
+    assert sorted(calls) == ["all", "one"]
+    leave()
+    cache.apply(state(cache, "b"))
+    assert sorted(calls) == ["all", "all", "one"]
+    leave_all()
+    assert not cache.watches
+
+
 # --- any order -------------------------------------------------------------------------------------------------
 
 
 class AnyOrder(RuleBasedStateMachine):
     """PocketBase is a dict of the latest states. Changes are told late, twice, or in any order; reads take their
-    rows at some moment between their beginning and their end; a foreign hand writes and leaves the revision."""
+    rows at some moment between their beginning and their end; a foreign hand writes and leaves the revision.
+    Somebody watches every partition, and looks at it when he is woken."""
 
     told = Bundle("told")
     edited = Bundle("edited")
@@ -287,6 +374,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.made = 0
         self.untold: list[State] = []
         self.untold_edits: list[State] = []
+        self.woken: set[str] = set()
+        self.seen: dict[str, dict[str, Any]] = {session: {} for session in SESSIONS}
+        for session in SESSIONS:
+            self.cache.watches.add([f"0:{session}"], partial(self.woken.add, session))
 
     def store(self, new: State) -> State:
         if new.document is None:
@@ -374,6 +465,19 @@ class AnyOrder(RuleBasedStateMachine):
         assert key is not None
         self.cache.forget(key)
 
+    @invariant()
+    def who_was_woken_looks(self) -> None:
+        """As a reader does: at what is cached, else at PocketBase."""
+        while self.woken:
+            session = self.woken.pop()
+            key = self.cache.key(session)
+            assert key is not None
+            shown = self.cache.get(key)
+            if shown is not None:
+                self.seen[session] = {entry.record: entry.document for entry in shown.entries}
+            else:
+                self.seen[session] = {s.record: s.document for s in self.stored.values() if s.key == key}
+
     def finish(self, reading: Reading, rows: list[State]) -> None:
         if reading.key is None:
             self.cache.settle(reading, {row.record: row for row in rows})
@@ -391,11 +495,16 @@ class AnyOrder(RuleBasedStateMachine):
         assert set(self.cache._ids.values()) <= set(held)
 
     def teardown(self) -> None:
-        """Everything is told at last, and whoever is in doubt reads again: then the cache is right."""
+        """Everything is told at last, and whoever is in doubt reads again: then the cache is right, and who looked
+        whenever he was woken has missed nothing that is there."""
         for change in self.untold:
             self.cache.apply(change)
         for edit in self.untold_edits:
             self.cache.edited(edit)
+        self.who_was_woken_looks()
+        for session in SESSIONS:
+            there = {s.record: s.document for s in self.stored.values() if s.key == f"0:{session}"}
+            assert there.items() <= self.seen[session].items()
         for session in SESSIONS:
             key = self.cache.key(session)
             assert key is not None

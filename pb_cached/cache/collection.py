@@ -10,6 +10,9 @@ Reads of PocketBase, of a whole partition or of records in doubt, are under way 
 tells which of the two is later. So each `Reading` gathers the changes of its time, and joins them with its rows by
 the same rules when it has ended. Hence the same changes, in any order, repeated or not, end in the same state.
 
+Whatever may make a partition answer differently is told to its `watches`, also where the partition is not cached.
+That it is forgotten changes no answer.
+
 Does no I/O and never awaits: every method is one step, and nothing can come between its looking and its acting.
 """
 
@@ -35,6 +38,7 @@ from pb_cached.cache.partition import (
     put,
 )
 from pb_cached.cache.stats import CollectionStats
+from pb_cached.cache.watches import Watches
 
 REMEMBERED: Final = 100_000
 """Deletions and moves that are kept in mind at most."""
@@ -137,6 +141,7 @@ class CollectionCache:
         self.rule = rule
         self.facts = FactReader(rule.sequence)
         self.stats = Counters()
+        self.watches = Watches()
         self._memory = memory
         self._number = memory.join(self._evicted)
         self._records: dict[str, Key] = {}
@@ -215,7 +220,11 @@ class CollectionCache:
 
     def minds(self, key: Key) -> bool:
         """Does it make a difference to anybody what is in this partition?"""
-        return self._memory.peek(key) is not None or any(reading.key == key for reading in self._readings)
+        return (
+            bool(self.watches)
+            or self._memory.peek(key) is not None
+            or any(reading.key == key for reading in self._readings)
+        )
 
     def place(self, doc_id: str) -> tuple[Key, str] | None:
         """The partition and the record of the document with this id, where ids are unique."""
@@ -253,13 +262,18 @@ class CollectionCache:
             self._apply_unknown(change, known)
         else:
             self._apply_known(change, at)
+        # Also of what is known already: 1. somebody who watches has looked; 2. the partition was evicted; 3. it
+        # was loaded for another reader, with this change; 4. now the change arrives, and is news to who watches.
+        self.watches.changed(at, change.key)
 
     def edited(self, edit: State) -> None:
         """A foreign hand, a person in the dashboard say, wrote this state without regard for its revision."""
         for reading in self._readings:
             reading.note(edit, doubtful=True)
         self._gone[edit.record] = max(edit.rev, self._gone.get(edit.record, 0))
-        self._doubt(edit.record, self._records.get(edit.record), edit.key)
+        at = self._records.get(edit.record)
+        self._doubt(edit.record, at, edit.key)
+        self.watches.changed(at, edit.key)
 
     def altered(self, record: str, rev: int, to: Key | None = None) -> None:
         """Somebody has made it this revision of a record, and does not say what it holds now.
@@ -272,7 +286,12 @@ class CollectionCache:
             return
         for reading in self._readings:
             reading.altered[record] = rev, to
-        self._doubt(record, self._records.get(record), to)
+        at = self._records.get(record)
+        self._doubt(record, at, to)
+        if at is None and to is None:
+            self.watches.all_changed()
+        else:
+            self.watches.changed(at, to)
 
     def glimpsed(self, record: str, rev: int, key: Key | None) -> None:
         """Somebody was told of this revision of a record, by PocketBase itself: nobody may find an older one here
@@ -319,6 +338,7 @@ class CollectionCache:
         self.forget(key)
         for reading in self._readings:
             reading.void = True
+        self.watches.changed(key)
 
     def distrust(self, key: Key) -> None:
         """PocketBase holds something in this partition that the cache does not know of: the next reader loads it
@@ -327,6 +347,7 @@ class CollectionCache:
         for reading in self._readings:
             if reading.key == key:
                 reading.void = True
+        self.watches.changed(key)
 
     def forget(self, key: Key) -> None:
         """Drop a partition. The next reader loads it anew."""
@@ -340,6 +361,7 @@ class CollectionCache:
             self.forget(key)
         for reading in self._readings:
             reading.void = True
+        self.watches.all_changed()
 
     # reads of PocketBase
 
@@ -375,22 +397,28 @@ class CollectionCache:
         records = found.keys() | reading.changes.keys() | reading.altered.keys()
         states = [reading.joined(record, found.get(record)) for record in records]
         mine = [state for state in states if state is not None and state.key == key]
+        # That it comes here changes no answer. Who looks, in a memory too small for all that he looks at, would be
+        # woken by his own look, for ever.
+        changed: list[Key] = [key] if self._memory.peek(key) is not None else []
         self.forget(key)
         partition = partition_of(key, [_entry(state) for state in mine], self.facts)
         if len(mine) > self.rule.max_documents or not self._memory.fits(partition):
             self._avoided[key] = None
+            self.watches.changed(*changed)
             return
         for state in mine:
             elsewhere = self._records.get(state.record)
             if elsewhere is not None:  # it has moved, and nobody told
                 self._drop(state.record)
                 self._doubt(state.record, elsewhere)
+                changed.append(elsewhere)
                 reading.doubts.add(state.record)
             self._link(state, key)
         for record in reading.doubts:
             self._doubts.setdefault(key, set()).add(record)
         self.stats.bytes += partition.size
         self._memory.add(partition)
+        self.watches.changed(*changed)
 
     def settle(self, reading: Reading, rows: Mapping[str, State]) -> None:
         """The read of records in doubt has ended: what is not among the rows is not there."""
@@ -398,17 +426,22 @@ class CollectionCache:
         if reading.void:
             return
         self.stats.rereads += 1
+        changed: set[Key | None] = set()
         for record in reading.records:
             state = reading.joined(record, rows.get(record))
             for key in [key for key, records in self._doubts.items() if record in records]:
                 self._doubts[key].discard(record)
                 if not self._doubts[key]:
                     del self._doubts[key]
+                changed.add(key)
+            changed.add(self._records.get(record))
             self._drop(record)
             if state is not None:
+                changed.add(state.key)
                 self._put(state)
                 if record in reading.doubts:
                     self._doubt(record, state.key)
+        self.watches.changed(*changed)
 
     # steps
 

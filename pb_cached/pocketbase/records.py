@@ -6,7 +6,7 @@ concurrent inserts or deletes would skip or repeat records.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -39,7 +39,18 @@ _listing: Final = msgspec.json.Decoder(_Listing)
 class RecordReader:
     """Reads one collection. Immutable."""
 
-    def __init__(self, client: PocketBaseClient, dialect: Dialect, codec: RecordCodec) -> None:
+    def __init__(
+        self,
+        client: PocketBaseClient,
+        dialect: Dialect,
+        codec: RecordCodec,
+        seen: Callable[[Sequence[Row]], None] = lambda rows: None,
+    ) -> None:
+        """
+        Args:
+            seen: is told of all rows that are read, before anybody else.
+        """
+        self._seen = seen
         self._client = client
         self._dialect = dialect
         self._codec = codec
@@ -105,4 +116,6 @@ class RecordReader:
             params["skipTotal"] = 1
         content = await self._client.call("GET", self._path, params=params)
         listing = _listing.decode(content)
-        return Page(self._codec.rows(listing.items), listing.total_items), len(content)
+        page = Page(self._codec.rows(listing.items), listing.total_items)
+        self._seen(page.rows)
+        return page, len(content)

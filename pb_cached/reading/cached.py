@@ -17,10 +17,12 @@ from pb_cached.cache.collection import DELETED, CollectionCache, State
 from pb_cached.cache.partition import Entry, Key, Partition, decoded, find, since
 from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.query import MOST_VALUES, keys_of, least_of, only_key, values_of
+from pb_cached.cache.watches import Wake
 from pb_cached.errors import SchemaError
 from pb_cached.exact import Json, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.commit import Operation, Reply
+from pb_cached.pocketbase.schema import Kind
 from pb_cached.reading.direct import DirectReads, Document, Found, Match
 from pb_cached.reading.loads import Loader
 from pb_cached.reading.order import first_of, position
@@ -69,11 +71,14 @@ class CachedReads:
         direct: DirectReads,
         codec: RecordCodec,
         settled: Callable[[], Awaitable[None]],
+        may_answer: Callable[[], bool],
     ) -> None:
         """
         Args:
             settled: returns when the commit under way, if it touches the collection, is decided.
+            may_answer: is the cache known to be fresh enough?
         """
+        self._may_answer = may_answer
         self.cache = cache
         self.loader = loader
         self._direct = direct
@@ -151,6 +156,14 @@ class CachedReads:
         else:
             self.cache.stats.negative_hits += 1
 
+    def watch(self, where: Mapping[str, Any], wake: Wake) -> Callable[[], None]:
+        """Call `wake` whenever the answer may be different now. Until what is returned is called."""
+        return self.cache.watches.add(keys_of(where, self.cache), wake)
+
+    def wake_all(self) -> None:
+        """Have everybody look again who watches."""
+        self.cache.watches.all_changed()
+
     # what became of our own operations
 
     def committed(self, operation: Operation, reply: Reply) -> None:
@@ -168,6 +181,20 @@ class CachedReads:
     def seen(self, record: str, row: Row | None) -> None:
         """This is what PocketBase has of a record that others have changed; None where they have deleted it."""
         self.cache.apply(State(record, DELETED) if row is None else self.loader.state(row))
+
+    def glimpsed(self, rows: Sequence[Row]) -> None:
+        """Somebody reads these from PocketBase itself, and must not find older ones here afterwards."""
+        for row in rows:
+            entry = self.cache.entry(row.id)
+            if entry is None or entry.rev < row.rev:
+                self.cache.glimpsed(row.id, row.rev, self._key(row))
+
+    def _key(self, row: Row) -> Key | None:
+        """The partition of a row; without decoding it, where its columns tell."""
+        columns = [self._codec.columns.get(field) for field in self.cache.rule.partition_by]
+        if not row.extra and all(column and column.kind is Kind.TEXT for column in columns):
+            return self.cache.key(*[self._codec.held(row, field) for field in self.cache.rule.partition_by])
+        return self.loader.state(row).key
 
     def gone(self, operation: Operation) -> None:
         """The operation's record does not exist any more."""
@@ -205,6 +232,8 @@ class CachedReads:
 
     def _at_hand(self, where: Mapping[str, Any]) -> Candidates | None:
         """The candidates, if all that it takes is in memory."""
+        if not self._may_answer():
+            return None
         key = only_key(where, self.cache)
         if key is not None:
             partition = self.cache.get(key)
@@ -224,6 +253,8 @@ class CachedReads:
         if keys is None:
             return None
         for _ in range(ROUNDS):
+            if not self._may_answer():
+                return None
             missing = [key for key in keys if self.cache.get(key) is None]
             if not all(self.cache.may_keep(key) for key in missing):
                 return None
@@ -231,7 +262,7 @@ class CachedReads:
                 self.cache.stats.misses += 1
                 await self.loader.refresh(missing)
             candidates = self._among(keys, where, matches)
-            if candidates is not None:
+            if candidates is not None and self._may_answer():
                 return candidates
         return None
 

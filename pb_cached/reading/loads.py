@@ -50,8 +50,14 @@ class Loader:
         codec: RecordCodec,
         reader: RecordReader,
         filters: FilterWriter,
+        ready: Callable[[], Awaitable[None]],
         log: Log,
     ) -> None:
+        """
+        Args:
+            ready: returns when it makes sense to warm the cache.
+        """
+        self._ready = ready
         self._cache = cache
         self._codec = codec
         self._reader = reader
@@ -121,6 +127,7 @@ class Loader:
 
     async def warm(self) -> None:
         """Load the collection, the newest documents first, until it is there or the memory is nearly full."""
+        await self._ready()
         if not self._cache.rule.partition_by:
             if (key := self._cache.key()) is not None:
                 await self.refresh([key])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, Final, Self, cast
@@ -105,11 +105,11 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
 
     @property
     def _sessions(self) -> PocketBaseDocumentCollection[Any]:
-        return cast(PocketBaseDocumentCollection[Any], self._session_collection)
+        return _ours(self._session_collection)
 
     @property
     def _events(self) -> PocketBaseDocumentCollection[Any]:
-        return cast(PocketBaseDocumentCollection[Any], self._event_collection)
+        return _ours(self._event_collection)
 
     @override
     async def create_event(
@@ -192,6 +192,25 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
                 draft.fail(outcome)
         return refusal
 
+    @property
+    def hears_everything(self) -> bool:
+        """Does `watch` hear of all changes that reads show, or of this process's own alone?"""
+        return self._events.hears_everything
+
+    def watch(self, session_id: SessionId, wake: Callable[[], None]) -> Callable[[], None]:
+        """Call `wake` whenever the session or its events may have changed. Until what is returned is called.
+
+        Watch first, then look, then wait: `wake` must only note it, and what woke it is seen by the next read.
+        """
+        leave_session = self._sessions.watch({"id": {"$eq": session_id}}, wake)
+        leave_events = self._events.watch({"session_id": {"$eq": session_id}}, wake)
+
+        def leave() -> None:
+            leave_session()
+            leave_events()
+
+        return leave
+
     @override
     async def _event_document_loader(self, doc: BaseDocument) -> Any:
         if semver.Version.parse(doc["version"]) <= semver.Version.parse(_UNCHANGED_SINCE):
@@ -201,3 +220,9 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
                 return None
             doc = cast(BaseDocument, {**migrated, "version": Version.String("0.9.0")})
         return await super()._event_document_loader(doc)
+
+
+def _ours(collection: object) -> PocketBaseDocumentCollection[Any]:
+    if not isinstance(collection, PocketBaseDocumentCollection):
+        raise PBCachedError("a PocketBaseSessionStore must be open, and on a PocketBaseDocumentDatabase")
+    return collection

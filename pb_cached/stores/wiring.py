@@ -9,7 +9,7 @@ One database per store, as each store opens a collection called `metadata`. All 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from parlant.core.emissions import EventEmitterFactory
 from parlant.core.loggers import Logger
 from parlant.core.nlp.service import NLPService
 from parlant.core.persistence.common import MigrationRequired
-from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
+from parlant.core.sessions import SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
 from pb_cached.config import (
@@ -41,12 +41,17 @@ from pb_cached.errors import ConfigError, EmbeddedServerError
 from pb_cached.pocketbase.server import PocketBaseServer
 from pb_cached.stats import Stats
 from pb_cached.stores.customers import PocketBaseCustomerStore
+from pb_cached.stores.listener import PocketBaseSessionListener
 from pb_cached.stores.sessions import PocketBaseSessionStore
 from pb_cached.stores.variables import PocketBaseContextVariableStore
 from pb_cached.telemetry import log_through
 
 if TYPE_CHECKING:
     from lagom import Container
+
+
+Configure = Callable[["Container"], Awaitable["Container"]]
+"""What `p.Server` takes as `configure_container`."""
 
 
 class StoresStats(Struct, frozen=True, kw_only=True):
@@ -78,7 +83,7 @@ class Stores:
         self.session_store = session_store
         self.customer_store = customer_store
         self.variable_store = variable_store
-        self.session_listener: SessionListener = PollingSessionListener(session_store)
+        self.session_listener = PocketBaseSessionListener(session_store)
         self._databases = databases
         self._stack = stack
 
@@ -92,13 +97,24 @@ class Stores:
         sessions, customers, variables = (database.stats() for database in self._databases)
         return StoresStats(sessions=sessions, customers=customers, variables=variables)
 
-    def server_args(self) -> dict[str, Any]:
-        """The arguments that make `p.Server(**stores.server_args())` keep its conversations here."""
+    def server_args(self, configure_container: Configure | None = None) -> dict[str, Any]:
+        """The arguments that make `p.Server(**stores.server_args())` keep its conversations here.
+
+        Args:
+            configure_container: what you would give to `p.Server`. It is called when ours is done, and may change
+                anything of it.
+        """
+
+        async def configure(container: Container) -> Container:
+            container = await self._configure_listener(container)
+            # What a container defines it defines once; but a clone of it may define it anew.
+            return container if configure_container is None else await configure_container(container.clone())
+
         return {
             "session_store": self.session_store,
             "customer_store": self.customer_store,
             "variable_store": self.variable_store,
-            "configure_container": self._configure_listener,
+            "configure_container": configure,
         }
 
     async def _configure_listener(self, container: Container) -> Container:

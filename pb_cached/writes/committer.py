@@ -99,6 +99,10 @@ class Committer:
         """Tell this follower what becomes of all operations on the collection."""
         self._followers.setdefault(collection, []).append(follower)
 
+    def unfollow(self, collection: str, follower: Follower) -> None:
+        """Tell it no more."""
+        self._followers[collection].remove(follower)
+
     async def write(self, *operations: Operation) -> list[Reply]:
         """Commit these operations, all or none of them, and return PocketBase's replies in their order.
 

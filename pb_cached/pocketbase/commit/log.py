@@ -107,6 +107,11 @@ class LogPath:
     def mixes(self) -> bool:
         return self._dialect.batch is not None
 
+    @property
+    def last(self) -> int:
+        """The number of our last commit."""
+        return self._receipts.last
+
     async def prepare(self) -> None:
         """See to it that the log is there.
 

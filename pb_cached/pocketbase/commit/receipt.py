@@ -32,6 +32,11 @@ class Receipts:
         """The number that the next commit gets."""
         return self._taken + 1
 
+    @property
+    def last(self) -> int:
+        """The last number that is taken, or may be."""
+        return self._taken
+
     def take(self, n: int) -> None:
         """The numbers up to this one are taken."""
         self._taken = max(self._taken, n)

@@ -1,0 +1,141 @@
+"""The logs as PocketBase has them: read back after a gap, and written to by beats."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from pb_cached.coherence.entries import BEAT, Beat, Entry, Gap
+from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.pocketbase.commit import triggers
+from pb_cached.pocketbase.commit.interface import records_path
+from pb_cached.pocketbase.ids import new_id
+from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql
+
+OVERLAP: Final = 10.0
+"""Seconds of the log that are read once more. An entry has its time from before its transaction, which may have to
+wait for others."""
+PAGE: Final = 200
+"""Entries read by one request."""
+_EDITS: Final = 1000
+_TIME: Final = "%Y-%m-%d %H:%M:%S.%fZ"
+
+
+class _Entries(Struct):
+    items: list[Entry]
+
+
+class Sight(Struct, frozen=True):
+    """What was seen of a PocketBase beside its logs."""
+
+    edits: Sequence[tuple[str, str]]
+    """What foreign hands have changed: collections and records."""
+    last_edit: int
+    collections: Mapping[str, str]
+    """PocketBase's ids of those that were asked for, by name."""
+
+
+class Logs:
+    """Reads and writes them. Holds no state."""
+
+    def __init__(self, client: PocketBaseClient, server: str) -> None:
+        self._client = client
+        self._server = server
+        self._sql = Sql(client)
+
+    async def since(self, log: str, newest: str) -> AsyncIterator[Entry]:
+        """The commits from a little before that time on. Empty: from the beginning."""
+        where = f"created >= '{_earlier(newest)}' && n > 0" if newest else "n > 0"
+        last = ""
+        while True:
+            entries = await self._page(log, f"{where} && id > '{last}'")
+            for entry in entries:
+                yield entry
+            if len(entries) < PAGE:
+                return
+            last = entries[-1].id
+
+    async def numbered(self, log: str, gap: Gap, newest: str) -> list[Entry]:
+        """The commits with these numbers, those that exist; as many as one page holds."""
+        where = f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}"
+        return await self._page(log, f"{where} && created >= '{_earlier(newest)}'" if newest else where)
+
+    async def _page(self, log: str, where: str) -> list[Entry]:
+        params: dict[str, str | int] = {"filter": where, "sort": "id", "perPage": PAGE, "skipTotal": 1}
+        content = await self._client.call("GET", records_path(log), params=params)
+        return msgspec.json.decode(content, type=_Entries).items
+
+    async def has(self, log: str, id_: str) -> bool:
+        """Is this entry there?"""
+        return (await self._client.send("GET", f"{records_path(log)}/{id_}")).ok
+
+    async def beat(self, log: str, id_: str, last: Mapping[str, int]) -> bool:
+        """Tell everybody that we are there, and our last numbers. False where the log took none."""
+        content = {
+            "id": id_,
+            "server": self._server,
+            "n": 0,
+            "layout": BEAT,
+            "guard": id_,
+            "payload": msgspec.json.encode(Beat(last)).decode(),
+        }
+        body = msgspec.json.encode(content)
+        return (await self._client.send("POST", records_path(log), body=body, repeatable=True)).ok
+
+    async def look(self, names: Sequence[str], after: int | None) -> Sight:
+        """See what foreign hands have changed, and which collections there are.
+
+        Args:
+            after: the number of the edit that was seen last; None for the first look, which asks where they are.
+        """
+        edits: list[tuple[str, str]] = []
+        if after is None:
+            rows = await self._sql.select(f"SELECT ifnull(max(n),0) FROM {triggers.EDITS}")
+            after = int(rows[0][0])
+        else:
+            while True:
+                rows = await self._sql.select(
+                    f"SELECT n, collection, record FROM {triggers.EDITS} WHERE n>{after} ORDER BY n LIMIT {_EDITS}"
+                )
+                edits += [(collection, record) for _, collection, record in rows]
+                after = int(rows[-1][0]) if rows else after
+                if len(rows) < _EDITS:
+                    break
+        found: dict[str, str] = {}
+        for some in _chunks(names):
+            rows = await self._sql.select(f"SELECT name, id FROM _collections WHERE name IN ({some})")
+            found |= dict(rows)
+        return Sight(edits, after, found)
+
+    async def collection_of(self, layout: str) -> str:
+        """The collection that commits of this layout are for; empty where that cannot be told."""
+        rows = await self._sql.select(
+            f"SELECT tbl_name, sql FROM sqlite_master WHERE type='trigger' AND name='{triggers.NAMES}{layout}'"
+        )
+        if not rows:
+            return ""
+        table, text = rows[0]
+        return triggers.applies_to(triggers.Trigger(f"{triggers.NAMES}{layout}", table, text))
+
+
+def beat_id() -> str:
+    """The id of a beat that is about to be sent."""
+    return new_id()
+
+
+def _earlier(time: str) -> str:
+    return (datetime.strptime(time, _TIME) - timedelta(seconds=OVERLAP)).strftime(_TIME)[:-4] + "Z"
+
+
+def _chunks(names: Sequence[str]) -> list[str]:
+    chunks: list[str] = []
+    for name in names:
+        if chunks and len(chunks[-1]) + len(name) + 100 < MOST_CHARACTERS:
+            chunks[-1] += f",'{name}'"
+        else:
+            chunks.append(f"'{name}'")
+    return chunks
