@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pb_cached.errors import DocumentTooLarge, InvalidDocument, SchemaError
 from pb_cached.exact import loads
-from pb_cached.pocketbase.codec import RecordCodec, image, snapshot
-from pb_cached.pocketbase.forms import RecordForm
+from pb_cached.pocketbase.codec import RecordCodec, all_columns, image, snapshot
+from pb_cached.pocketbase.forms import ArrayForm, RecordForm, commit_layout
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.schema import Kind, Layout, column_name, columns_of, field_name
 from tests.strategies import (
@@ -102,6 +102,52 @@ def test_a_replacement_leaves_nothing_of_the_document_before(
     change.pop("rev+")
     row = CODEC.row(through_pocketbase(msgspec.json.encode(stored | change)))
     assert same_document(CODEC.document(row), after)
+
+
+# --- what others' commits say ----------------------------------------------------------------------------------
+
+COMMITTED = RecordCodec(
+    "samples", CODEC.layout, 1_000_000, ArrayForm(commit_layout("log", "samples", all_columns(CODEC.layout)))
+)
+
+
+@given(plain_documents | wild_documents, st.sets(st.sampled_from(["name", "offset", "title", "data"])))
+def test_a_commit_tells_the_document_that_it_inserts(document: dict[str, Any], lacking: set[str]) -> None:
+    document = {key: value for key, value in document.items() if key not in lacking}
+    values = loads(COMMITTED.insert(document).body)
+    assert same_document(COMMITTED.inserted(values), document)
+    for field in COMMITTED.columns:
+        is_told, value = COMMITTED.told(values, field)
+        assert not is_told or same(value, document[field])
+
+
+@given(
+    plain_documents | wild_documents,
+    st.dictionaries(st.sampled_from(["name", "offset", "title", "data", "deleted", "undeclared"]), json_values),
+)
+def test_a_commit_tells_what_it_makes_of_a_document_or_that_it_does_not(
+    document: dict[str, Any], params: dict[str, Any]
+) -> None:
+    row = CODEC.row(through_pocketbase(CODEC.insert(document).body))
+    operation = COMMITTED.update(row.id, row.rev, document, params, row)
+    assert operation is not None
+    values = loads(operation.body)
+    left = COMMITTED.updated(document, values)
+    assert left is None or same_document(left, document | params)
+    for field in params:
+        is_named, value = COMMITTED.named(values, field) if field in COMMITTED.columns else (False, None)
+        assert not is_named or value is None or left is None or same(value, params[field])
+
+
+def test_a_commit_of_plain_values_tells_all_of_it() -> None:
+    document = {
+        "id": "a", "creation_utc": "2026", "version": "1.0.0", "name": "n", "mode": "auto", "offset": 1,
+        "score": 0.5, "deleted": False, "title": None, "data": {"a": [1]}, "rev": 1, "extra": {}, "f_x": "",
+    }  # fmt: skip
+    params = {"name": "new", "offset": 2, "title": "t", "data": None, "deleted": True}
+    operation = COMMITTED.update("r", 1, document, params)
+    assert operation is not None
+    assert COMMITTED.updated(document, loads(operation.body)) == document | params
 
 
 @given(scalars, scalars, st.sampled_from([Kind.TEXT, Kind.NUMBER, Kind.BOOL, Kind.JSON]))

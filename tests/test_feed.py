@@ -1,0 +1,152 @@
+"""What a feed makes of commits that come in any order, repeatedly, late, or never (design: section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pb_cached.coherence import feed as feed_module
+from pb_cached.coherence.entries import Entry, Gap
+from pb_cached.coherence.feed import PATIENCE, Feed
+
+MAX_STALENESS = 5.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(feed_module, "now", clock)
+    return clock
+
+
+def commit(n: int, server: str = "s") -> Entry:
+    return Entry(f"{server}{n}", server, n)
+
+
+def numbers(entries: Sequence[Entry]) -> list[int]:
+    return [entry.n for entry in entries]
+
+
+def feed() -> Feed:
+    feed = Feed("log", MAX_STALENESS)
+    feed.arrived(commit(1))
+    return feed
+
+
+@given(st.permutations(range(2, 9)), st.lists(st.integers(2, 8), max_size=5))
+def test_commits_of_a_server_are_handed_on_in_its_order_whatever_order_they_come_in(
+    order: list[int], repeated: list[int]
+) -> None:
+    coming = feed()
+    handed = [n for number in order for n in numbers(coming.arrived(commit(number)))]
+    assert handed == list(range(2, 9))
+    assert not coming.is_waiting
+    for number in repeated:  # to what it changed, that is all the same
+        assert numbers(coming.arrived(commit(number))) == [number]
+
+
+@given(st.sets(st.integers(2, 12)), st.randoms())
+def test_what_never_comes_holds_up_the_rest_until_it_is_looked_up(exist: set[int], random: object) -> None:
+    coming = feed()
+    order = sorted(exist)
+    random.shuffle(order)  # type: ignore[attr-defined]
+    handed = [n for number in order for n in numbers(coming.arrived(commit(number)))]
+    coming.beat("s", 12)
+    while coming.is_waiting:
+        (gap,) = _overdue(coming)
+        assert not exist & set(range(gap.first, gap.last + 1)), "what has come is not looked up"
+        handed += numbers(coming.settle(gap))
+    assert handed == sorted(exist)
+
+
+def _overdue(coming: Feed) -> list[Gap]:
+    now = feed_module.now
+    try:
+        feed_module.now = lambda: now() + 10 * PATIENCE
+        return list(coming.overdue())
+    finally:
+        feed_module.now = now
+
+
+def test_servers_do_not_wait_for_each_other() -> None:
+    coming = feed()
+    assert coming.arrived(commit(3)) == []
+    assert numbers(coming.arrived(commit(7, "other"))) == [7]
+    assert numbers(coming.arrived(commit(8, "other"))) == [8]
+
+
+def test_a_missing_number_is_waited_for_and_then_overdue(clock: Clock) -> None:
+    coming = feed()
+    coming.arrived(commit(4))
+    assert list(coming.overdue()) == []
+    clock.time += 2 * PATIENCE
+    assert list(coming.overdue()) == [Gap("s", 2, 3)]
+    coming.arrived(commit(2))  # a step on is a reason to wait for the next one
+    assert list(coming.overdue()) == []
+    clock.time += 2 * PATIENCE
+    assert list(coming.overdue()) == [Gap("s", 3, 3)]
+
+
+def test_a_beat_tells_what_nobody_has_heard_of(clock: Clock) -> None:
+    coming = feed()
+    assert not coming.beat("s", 1)
+    assert coming.beat("s", 3)
+    clock.time += 2 * PATIENCE
+    assert list(coming.overdue()) == [Gap("s", 2, 3)]
+    assert not coming.beat("stranger", 9)
+    assert numbers(coming.arrived(commit(10, "stranger"))) == [10]
+
+
+def test_answers_are_good_for_as_long_as_the_proof_says(clock: Clock) -> None:
+    coming = feed()
+    assert coming.good_until == 0.0
+    coming.proven(90.0)
+    assert coming.good_until == 90.0 + MAX_STALENESS
+    coming.proven(80.0)
+    assert coming.good_until == 90.0 + MAX_STALENESS, "an older beat that comes late proves nothing new"
+    coming.lost()
+    assert coming.good_until == 0.0
+
+
+def test_a_missing_number_ends_answers_though_the_stream_lives(clock: Clock) -> None:
+    coming = feed()
+    coming.proven(100.0)
+    coming.arrived(commit(3))
+    for _ in range(20):
+        clock.time += 1
+        coming.proven(clock.time)
+    assert coming.good_until == 100.0 + MAX_STALENESS
+    coming.arrived(commit(2))
+    assert coming.good_until == clock.time + MAX_STALENESS
+
+
+def test_what_has_come_and_cannot_be_applied_ends_answers_too(clock: Clock) -> None:
+    coming = feed()
+    coming.proven(100.0)
+    coming.doubt()
+    clock.time += 3
+    coming.doubt()
+    coming.proven(clock.time)
+    assert coming.good_until == 100.0 + MAX_STALENESS
+    coming.doubt(False)
+    assert coming.good_until == clock.time + MAX_STALENESS
+
+
+def test_a_log_that_was_made_anew_begins_anew() -> None:
+    coming = feed()
+    coming.arrived(Entry("a", "s", 5, created="2026"))
+    coming.proven(100.0)
+    coming.forget()
+    assert (coming.newest, coming.good_until, coming.is_waiting) == ("", 0.0, False)
+    assert numbers(coming.arrived(commit(1))) == [1]
