@@ -150,6 +150,8 @@ class Counting(httpx.AsyncHTTPTransport):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.open = self.most = self.all = 0
+        self.may_close = asyncio.Event()
+        self.may_close.set()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if (request.method, request.url.path) != ("GET", PATH):
@@ -176,6 +178,7 @@ class _Counted(httpx.AsyncByteStream):
             yield piece
 
     async def aclose(self) -> None:
+        await self._counting.may_close.wait()
         await self._stream.aclose()
         self._counting.open -= 1
 
@@ -444,6 +447,25 @@ async def test_a_stream_that_was_replaced_in_doubt_never_leads_again(
         stream.subscribe([notes.topic, "other/*"])
         await owner.until_connected(3)
         assert streams.all == 3
+    assert streams.most == 2
+
+
+async def test_a_connection_counts_until_it_is_closed(
+    make_stream: StreamMaker, streams: Counting, owner: Recorder
+) -> None:
+    async with make_stream() as stream:
+        stream.subscribe(["any/*"])
+        await owner.until_connected(1)
+        stream.replace("the test asks for it")
+        await owner.until_connected(2)
+        streams.may_close.clear()
+        stream.subscribe([])
+        stream.subscribe(["any/*"])
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await owner.until_connected(3)
+        streams.may_close.set()
+        await owner.until_connected(3)
     assert streams.most == 2
 
 
@@ -762,11 +784,16 @@ async def client_of(connections: int) -> AsyncIterator[httpx.AsyncClient]:
 async def test_one_connection_is_too_few_and_leaves_the_others_to_their_requests(
     make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines
 ) -> None:
-    async with client_of(1) as http, make_stream(Timing(connection=0.1, starved=0.3), http=http) as stream:
+    async with client_of(1) as http, make_stream(Timing(connection=0.1, starved=60), http=http) as stream:
         stream.subscribe([notes.topic])
-        await lines.until_said("allow the HTTP client at least three (max_connections)", times=3)
-        async with asyncio.timeout(5):
+        await lines.until_said("allow the HTTP client at least three (max_connections)", times=1)
+        for _ in range(10):
             assert (await http.get(f"{proxy.url}/api/health")).status_code == 200
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await lines.until(lambda: proxy.count("GET", PATH) > 1)
+        stream.replace("the test asks for it")
+        await lines.until_said("allow the HTTP client at least three (max_connections)", times=2)
     assert owner.told == []
 
 

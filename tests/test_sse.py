@@ -104,6 +104,8 @@ def test_a_message_that_never_ends_is_refused_and_not_kept() -> None:
 
 def test_a_message_may_be_as_large_as_the_bound_and_no_larger() -> None:
     assert parsed(b"data:" + b"x" * 95 + b"\n\n", max_bytes=100) == [Message("message", b"x" * 95)]
+    pieces = (b"data:1\n\n", b"\ndata:" + b"x" * 95 + b"\n", b"\n")
+    assert parsed(*pieces, max_bytes=100)[1:] == [Message("message", b"x" * 95)]
     with pytest.raises(OversizedMessage):
         parsed(b"data:" + b"x" * 96 + b"\n\n", max_bytes=100)
     with pytest.raises(OversizedMessage):

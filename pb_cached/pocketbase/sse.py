@@ -66,13 +66,13 @@ class EventParser:
                 return []
             self._begun, seen = True, 0
             rest[:] = rest.removeprefix(_BOM)
+        if rest.startswith(b"\n"):  # then all of it came just now
+            rest[:] = rest.lstrip(b"\n")
         end = rest.rfind(b"\n\n", seen)
         if end < 0:
             return []
         blocks = bytes(memoryview(rest)[:end]).split(b"\n\n")
         del rest[: end + 2]
-        if rest.startswith(b"\n"):
-            del rest[:1]
         return [block.strip(b"\n") for block in blocks]
 
     def _with_lf(self, piece: bytes) -> bytes:
