@@ -27,10 +27,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, Literal
 
+import msgspec
 from msgspec import Struct
 
 POCKETBASE: Final = "PocketBase"
 """The process that tells the truth, when all others are done."""
+
+NEVER: Final = 1e18
+"""When a write ends of which it is unknown whether it was applied, or will be yet."""
+ANYWHERE: Final = "?"
+"""The key of a write of which nobody knows where it went: wherever its value is seen."""
 
 Value = str | None
 
@@ -43,10 +49,12 @@ class Op(Struct, frozen=True):
     """The last reads of a process show what it ends with, when nobody writes any more and `bound` is over."""
     begin: float
     end: float
-    """Infinite where it is unknown whether a write was applied, or will be yet."""
+    """`NEVER` where it is unknown whether a write was applied, or will be yet."""
     values: Mapping[str, Value]
     lists: str = ""
-    """All keys that begin so were looked at: one that is not among the values is not there."""
+    """All keys of this list were looked at: one that is not among the values is not there."""
+    since: int = 0
+    """Of the list, the keys from this number on."""
 
     def __str__(self) -> str:
         return f"{self.process}'s {self.kind} at {self.begin:.3f} to {self.end:.3f}"
@@ -72,6 +80,11 @@ def key_of(name: str, number: int) -> str:
     return f"{name}#{number}"
 
 
+def number_of(key: str) -> int:
+    """The number of such a key; -1 of any other."""
+    return int(key.partition("#")[2] or -1)
+
+
 def check(history: Sequence[Op], bound: float) -> list[str]:
     """All violations of the rules, each told by its number.
 
@@ -83,19 +96,31 @@ def check(history: Sequence[Op], bound: float) -> list[str]:
 
 class _Checker:
     def __init__(self, history: Sequence[Op]) -> None:
-        self.writes = [op for op in history if op.kind == "write"]
+        places: dict[Value, dict[str, Value]] = defaultdict(dict)
+        for op in history:
+            for key, value in op.values.items():
+                places[value][key] = value
+        self.writes = [
+            msgspec.structs.replace(
+                op, values={k: v for k, v in places[op.values[ANYWHERE]].items() if k != ANYWHERE}
+            )
+            if ANYWHERE in op.values
+            else op
+            for op in history
+            if op.kind == "write"
+        ]
         self.versions: dict[str, list[_Version]] = defaultdict(lambda: [_NOTHING])
         self.by_value: dict[str, list[Op]] = defaultdict(list)
         listed: dict[str, list[str]] = defaultdict(list)
         for write in self.writes:
             for key, value in write.values.items():
-                if key not in self.versions:
+                if "#" in key and key not in self.versions:
                     listed[key.partition("#")[0]].append(key)
                 self.versions[key].append(_Version(value, write.begin, write.end))
                 if value is not None:
                     self.by_value[value].append(write)
         self.reads = [
-            (op, {**dict.fromkeys(listed[op.lists]), **op.values} if op.lists else dict(op.values))
+            (op, {**{key: None for key in listed.get(op.lists, ()) if number_of(key) >= op.since}, **op.values})
             for op in sorted(history, key=lambda op: op.begin)
             if op.kind != "write"
         ]
@@ -143,13 +168,13 @@ class _Checker:
     def _left_out(self, read: Op, values: Mapping[str, Value]) -> Iterator[str]:
         if not read.lists:
             return
-        numbers = {int(key.partition("#")[2]): key for key in values}
+        numbers = {number_of(key): key for key in values if "#" in key}
         highest = max((n for n, key in numbers.items() if values[key] is not None), default=-1)
         for number, key in numbers.items():
             if number > highest or values[key] is not None:
                 continue
             of_key = [v for v in self.versions[key][1:] if v.begin < read.end]
-            if any(v.end < math.inf for v in of_key) and all(v.value is not None for v in of_key):
+            if any(v.end < NEVER for v in of_key) and all(v.value is not None for v in of_key):
                 yield f"3: {read} shows number {highest} of {read.lists} without number {number}"
 
     def _orders(self) -> Iterator[str]:
@@ -174,7 +199,7 @@ class _Checker:
         sights: dict[tuple[str, str], dict[str, tuple[float, float]]] = defaultdict(dict)
         for write in self.writes:
             for key, value in write.values.items():
-                if value is not None and write.end < math.inf:
+                if value is not None and write.end < NEVER:
                     sights[write.process, key][value] = (write.end, -math.inf)
         for read, values in self.reads:
             for key, value in values.items():

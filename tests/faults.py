@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -197,6 +198,28 @@ def lagging(seconds: float) -> Fault:
             async for piece in response:
                 await asyncio.sleep(seconds)
                 await exchange.send(piece)
+
+    return fault
+
+
+def scrambled(seed: int, most: float) -> Fault:
+    """Of a stream, every event after the greeting arrives later, by up to `most` seconds and each by another time;
+    one in five arrives twice."""
+
+    async def fault(exchange: Exchange) -> None:
+        chance = random.Random(seed)
+
+        async def send_late(piece: bytes) -> None:
+            await asyncio.sleep(chance.uniform(0, most))
+            with contextlib.suppress(ConnectionError):
+                await exchange.send(piece)
+
+        async with contextlib.aclosing(exchange.ask()) as response, asyncio.TaskGroup() as late:
+            for _ in range(2):
+                await exchange.send(await anext(response))
+            async for piece in response:
+                for _ in range(chance.choice((1, 1, 1, 1, 2))):
+                    late.create_task(send_late(piece))
 
     return fault
 

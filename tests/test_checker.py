@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from tests.checker import POCKETBASE, Op, Value, check, key_of, rules
+from tests.checker import ANYWHERE, NEVER, POCKETBASE, Op, Value, check, key_of, rules
 
 BOUND = 2.0
 
@@ -50,7 +48,7 @@ RIGHT = {
         ends(POCKETBASE, 9, title="b"),
     ],
     "a write of which nobody knows, which is applied late": [
-        wrote("p", 0, math.inf, title="a"),
+        wrote("p", 0, NEVER, title="a"),
         read("q", 1, title=None),
         wrote("q", 2, 3, title="b"),
         read("q", 4, title="b"),
@@ -58,9 +56,13 @@ RIGHT = {
         ends(POCKETBASE, 9, title="a"),
     ],
     "a write of which nobody knows, which was never applied": [
-        wrote("p", 0, math.inf, title="a"),
+        wrote("p", 0, NEVER, title="a"),
         ends("q", 9, title=None),
         ends(POCKETBASE, 9, title=None),
+    ],
+    "an event of which nobody knows what became, which is seen": [
+        Op("p", "write", 0, NEVER, {ANYWHERE: "a"}),
+        listed("q", 1, "a"),
     ],
     "what was removed is not missed, and its number is free again": [
         appended("p", 0, 0, "a"),
@@ -117,7 +119,7 @@ PLANTED = {
          read("q", 2.5, title="b", note="a")],
     ),
     "half a write of which nobody knows": (
-        "2", [wrote("p", 0, math.inf, title="a", note="a"), ends(POCKETBASE, 9, title="a", note=None)],
+        "2", [wrote("p", 0, NEVER, title="a", note="a"), ends(POCKETBASE, 9, title="a", note=None)],
     ),
     "the halves of two at once": (
         "2",
