@@ -2,7 +2,8 @@
 
     python -m tests.coherent_server '{"name": "s0", ...}'
 
-It says `ready` when its caches answer, works from `go` on its standard input to `stop`, and says which sessions
+It goes through its life by lines on its standard input. At the first, the sessions to share, it opens its stores
+and says `ready` when its caches answer; from the second on it works. At the third it stops, and says which sessions
 have come and gone. When it is told all of those, it waits for as long as an answer may be stale, reads everything
 for the last time, and writes what it did to a file.
 """
@@ -19,6 +20,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, Literal, cast
+from unittest import mock
 
 import httpx
 import msgspec
@@ -46,12 +48,11 @@ from pb_cached.pocketbase.realtime import RealtimeStream, Timing
 from pb_cached.stores import Stores
 from tests.checker import ANYWHERE, NEVER, Op, Value, key_of
 
-MAX_STALENESS: Final = 1.5
+MAX_STALENESS: Final = 1.2
 HEARTBEAT: Final = 0.3
+PREFIX: Final = "coherent"
 TAIL: Final = 8
 """Events that most reads of a list look at."""
-PASSING: Final = CustomerId("passing")
-"""The customer of sessions that come and go."""
 
 
 class Work(Struct):
@@ -60,8 +61,8 @@ class Work(Struct):
     name: str
     seed: int
     params: dict[str, str]
-    prefix: str
-    sessions: list[str]
+    passing: str
+    """The customer of sessions that come and go."""
     own: str
     """The field of sessions that it alone writes."""
     bound: float
@@ -86,9 +87,9 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
-def settings(prefix: str, mode: Literal["realtime", "off"] = "realtime") -> Config:
+def settings(mode: Literal["realtime", "off"] = "realtime") -> Config:
     return Config(
-        stores=StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables"),
+        stores=StoreSettings(f"{PREFIX}_sessions", f"{PREFIX}_customers", f"{PREFIX}_variables"),
         coherence=CoherenceSettings(mode, max_staleness=MAX_STALENESS, heartbeat=HEARTBEAT, audit_interval=0),
         pocketbase=PocketBaseSettings(retry_for=10.0),
         writes=WriteSettings(deadline=10.0),
@@ -135,8 +136,9 @@ def listed(session: str, events: Sequence[Event]) -> dict[str, Value]:
 class Historian:
     """Does operations on stores, and notes what they did."""
 
-    def __init__(self, name: str, stores: Stores) -> None:
+    def __init__(self, name: str, passing: str, stores: Stores) -> None:
         self.name = name
+        self.customer = CustomerId(passing)
         self.store = stores.session_store
         self.history: list[Op] = []
         self.refused = 0
@@ -151,7 +153,7 @@ class Historian:
         values: dict[str, Value] | Callable[[Any], dict[str, Value]],
         value: Value = None,
     ) -> Any:
-        """Note a write. `values` may depend on what it returns."""
+        """Note a write of this value. Where it goes may depend on what it returns."""
         begin, done, end = now(), None, NEVER
         try:
             done = await work
@@ -188,8 +190,10 @@ class Historian:
     async def create(self) -> Session | None:
         """A session, with a value of its own in every field that it can begin with."""
         value = self.value()
-        made = self.store.create_session(PASSING, AgentId(value), title=value, metadata={"note": value})
-        return cast(Session | None, await self.write(made, lambda session: _begun(session, value), value))
+        made = self.store.create_session(self.customer, AgentId(value), title=value, metadata={"note": value})
+        return cast(
+            Session | None, await self.write(made, lambda session: begun(session.id, self.customer, value), value)
+        )
 
 
 async def read_all(historian: Historian, sessions: Sequence[str], passing: Sequence[str]) -> None:
@@ -199,21 +203,22 @@ async def read_all(historian: Historian, sessions: Sequence[str], passing: Seque
         await historian.read(session, "last read")
 
 
-def _begun(session: Session, value: str) -> dict[str, Value]:
-    values: dict[str, Value] = {"title": value, "note": value, "customer_id": PASSING, "agent_id": value}
-    return {session_key(session.id, field): values.get(field, "client") for field in FIELDS}
+def begun(session: str, customer: str, value: str) -> dict[str, Value]:
+    values: dict[str, Value] = {"title": value, "note": value, "customer_id": customer, "agent_id": value}
+    return {session_key(session, field): values.get(field, "client") for field in FIELDS}
 
 
 class Server(Historian):
     """One that works."""
 
-    def __init__(self, work: Work, stores: Stores) -> None:
-        super().__init__(work.name, stores)
+    def __init__(self, work: Work, sessions: Sequence[str], stores: Stores) -> None:
+        super().__init__(work.name, work.passing, stores)
         self._work = work
+        self._sessions = sessions
         self._chance = random.Random(work.seed)
         self._mine: list[str] = []
         self.passing: list[str] = []
-        self._seen: dict[str, Sequence[Event]] = dict.fromkeys(work.sessions, ())
+        self._seen: dict[str, Sequence[Event]] = dict.fromkeys(sessions, ())
         self._over = False
 
     async def work(self) -> None:
@@ -222,20 +227,17 @@ class Server(Historian):
     def stop(self) -> None:
         self._over = True
 
-    async def read_for_the_last_time(self, passing: Sequence[str]) -> None:
-        await read_all(self, self._work.sessions, passing)
-
     async def _keep_writing(self) -> None:
         writes = (self._append, self._update, self._rename, self._annotate, self._hide, self._come_and_go)
         weights = (8, 4, 4, 4, 1, 2)
         while not self._over:
             (write,) = self._chance.choices(writes, weights)
-            await write(self._chance.choice(self._work.sessions))
+            await write(self._chance.choice(self._sessions))
             await asyncio.sleep(self._chance.uniform(0, 0.02))
 
     async def _keep_reading(self) -> None:
         while not self._over:
-            session = self._chance.choice(self._work.sessions)
+            session = self._chance.choice(self._sessions)
             since = 0 if self._chance.random() < 0.05 else max(0, self._highest(session) - TAIL)
             if self._chance.random() < 0.6:
                 events = await self.list(session, since)
@@ -299,7 +301,7 @@ class Server(Historian):
         elif made := await self.create():
             self._mine.append(made.id)
         with suppress(PBCachedError):
-            found = await self.store.list_sessions(customer_id=PASSING)
+            found = await self.store.list_sessions(customer_id=self.customer)
             self.passing += [each.id for each in found.items if each.id not in self.passing]
 
 
@@ -339,8 +341,6 @@ def swap_commits() -> None:
 
 
 async def main(work: Work) -> None:
-    # While two streams overlap everything comes twice, and one of them makes up for what is done to the other.
-    follower.RealtimeStream = partial(RealtimeStream, timing=Timing(overlap=0.1))  # type: ignore[misc, assignment]
     if work.broken == "drops commits":
         drop_commits()
     elif work.broken == "swaps commits":
@@ -348,36 +348,40 @@ async def main(work: Work) -> None:
     orders = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
 
-    async def order() -> str:
-        return (await orders.readline()).decode().strip()
+    async def order() -> list[str]:
+        return msgspec.json.decode(await orders.readline(), type=list[str])
 
+    sessions = await order()
     async with (
         httpx.AsyncClient(timeout=30) as http,
-        open_stores(settings(work.prefix), connection_params=work.params, http_client=http) as stores,
+        open_stores(settings(), connection_params=work.params, http_client=http) as stores,
     ):
-        server = Server(work, stores)
+        server = Server(work, sessions, stores)
         await caught_up(stores)
-        print("ready", flush=True)
-        if await order() != "go":
-            return
+        say(["ready"])
+        await order()
         working = asyncio.create_task(server.work())
         await order()
         server.stop()
         await working
-        print(msgspec.json.encode(server.passing).decode(), flush=True)
-        others = await order()
+        say(server.passing)
+        passing = await order()
         await asyncio.sleep(work.bound)
-        await server.read_for_the_last_time(msgspec.json.decode(others, type=list[str]))
+        await read_all(server, sessions, passing)
         stats = stores.stats().sessions
-        assert stats.coherence is not None
-        done = Done(
-            server.history,
-            hits=sum(each.hits + each.negative_hits for each in stats.collections.values()),
-            through=sum(each.through for each in stats.collections.values()),
-            state=stats.coherence.state,
-            refused=server.refused,
-        )
-        Path(work.history).write_bytes(msgspec.json.encode(done))
+    assert stats.coherence is not None
+    done = Done(
+        server.history,
+        hits=sum(each.hits + each.negative_hits for each in stats.collections.values()),
+        through=sum(each.through for each in stats.collections.values()),
+        state=stats.coherence.state,
+        refused=server.refused,
+    )
+    Path(work.history).write_bytes(msgspec.json.encode(done))
+
+
+def say(words: Sequence[str]) -> None:
+    print(msgspec.json.encode(words).decode(), flush=True)
 
 
 async def caught_up(stores: Stores) -> Follower:
@@ -390,4 +394,6 @@ async def caught_up(stores: Stores) -> Follower:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(msgspec.json.decode(sys.argv[1], type=Work)))
+    # While two streams overlap everything comes twice, and one of them makes up for what is done to the other.
+    with mock.patch.object(follower, "RealtimeStream", partial(RealtimeStream, timing=Timing(overlap=0.1))):
+        asyncio.run(main(msgspec.json.decode(sys.argv[1], type=Work)))

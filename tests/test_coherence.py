@@ -9,8 +9,8 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +23,12 @@ from pb_cached import PocketBaseServer, open_stores
 from tests.checker import POCKETBASE, Op, check, key_of, rules
 from tests.coherent_server import (
     MAX_STALENESS,
+    PREFIX,
     Done,
     Historian,
+    begun,
     note_key,
+    nothing,
     now,
     read_all,
     session_key,
@@ -34,43 +37,66 @@ from tests.coherent_server import (
 from tests.faults import EVERY, FaultProxy, cut_at_piece, scrambled
 from tests.test_client import PASSWORD, Account
 
-SECONDS: Final = 3.0
+SECONDS: Final = 2.5
 """Of work."""
 FIELDS: Final = ("customer_id", "agent_id", "consumption_offsets")
 """Each is one server's own."""
 SCRAMBLED: Final = 0.3
-BOUND: Final = MAX_STALENESS + 1.0
+BOUND: Final = MAX_STALENESS + 0.8
 """What the checker allows. A missing commit is dated by when its server was heard of last, and what was heard is
 as old as its way by the stream took: so the bound is `max_staleness` and that way. It takes a millisecond, but a
 process that shares two cores with everything else may be most of a second late. What a proxy adds, tests add."""
 GONE_SECONDS: Final = 60.0
 
 
+Run = Callable[..., Awaitable["Servers"]]
+Meanwhile = Callable[["Servers"], Awaitable[Any]]
+
+
 class Servers:
     """The processes, and what they have left."""
 
-    def __init__(self, folder: Path, prefix: str, params: dict[str, str], bound: float) -> None:
+    def __init__(self, folder: Path, name: str, params: dict[str, str], bound: float) -> None:
         self.sessions: list[str] = []
         self.history: list[Op] = []
         self.done: list[Done] = []
+        self.passing = f"passing {name}"
         self._folder = folder
-        self._prefix = prefix
         self._params = params
         self._bound = bound
         self._processes: list[asyncio.subprocess.Process] = []
 
-    async def begin(self, stack: AsyncExitStack, broken: dict[int, str]) -> None:
-        """Start them, and have them work."""
-        async with self._looking_on("setup") as setup:
-            for _ in FIELDS:
-                session = await setup.create()
-                assert session is not None
-                self.sessions.append(session.id)
-            self.history += setup.history
+    async def work(self, meanwhile: Meanwhile, broken: dict[int, str]) -> None:
+        """Have them work, while something happens, until all is over."""
+        async with (
+            AsyncExitStack() as stack,
+            httpx.AsyncClient(timeout=30) as http,
+            open_stores(settings("off"), connection_params=self._params, http_client=http) as stores,
+        ):
+            await self._start(stack, broken)
+            setup = Historian("setup", self.passing, stores)
+            self.sessions = [session.id for _ in FIELDS if (session := await setup.create())]
+            await self._tell(self.sessions)
+            assert await self._heard() == [["ready"]] * len(FIELDS)
+            await self._tell([])
+            await meanwhile(self)
+            await self._tell([])
+            passing = sorted({id_ for ids in await self._heard() for id_ in ids})
+            await self._tell(passing)
+            async with asyncio.timeout(GONE_SECONDS):
+                assert [await process.wait() for process in self._processes] == [0] * len(FIELDS)
+            last = Historian(POCKETBASE, self.passing, stores)
+            await read_all(last, self.sessions, passing)
+        self.done = [
+            msgspec.json.decode(file.read_bytes(), type=Done) for file in sorted(self._folder.glob("*.json"))
+        ]
+        self.history += [*setup.history, *last.history, *(op for done in self.done for op in done.history)]
+
+    async def _start(self, stack: AsyncExitStack, broken: dict[int, str]) -> None:
         for number, field in enumerate(FIELDS):
             work = {
-                "name": f"s{number}", "seed": number, "params": self._params, "prefix": self._prefix, "own": field,
-                "sessions": self.sessions, "bound": self._bound, "history": str(self._folder / f"{number}.json"),
+                "name": f"s{number}", "seed": number, "own": field, "params": self._params,
+                "passing": self.passing, "bound": self._bound, "history": str(self._folder / f"{number}.json"),
                 "broken": broken.get(number, ""),
             }  # fmt: skip
             process = await asyncio.create_subprocess_exec(
@@ -81,45 +107,19 @@ class Servers:
             )
             stack.push_async_callback(_ended, process)
             self._processes.append(process)
-        assert set(await self._heard()) == {"ready"}
-        await self._tell("go")
 
-    async def end(self) -> None:
-        """Have them stop, and look at what there is now."""
-        await self._tell("stop")
-        passing = {id_ for line in await self._heard() for id_ in msgspec.json.decode(line, type=list[str])}
-        await self._tell(msgspec.json.encode(sorted(passing)).decode())
-        async with asyncio.timeout(GONE_SECONDS):
-            assert [await process.wait() for process in self._processes] == [0] * len(self._processes)
-        for file in sorted(self._folder.glob("*.json")):
-            done = msgspec.json.decode(file.read_bytes(), type=Done)
-            self.done.append(done)
-            self.history += done.history
-        async with self._looking_on(POCKETBASE) as last:
-            await read_all(last, self.sessions, sorted(passing))
-            self.history += last.history
-
-    @asynccontextmanager
-    async def _looking_on(self, name: str) -> AsyncIterator[Historian]:
-        config = settings(self._prefix, "off")
-        async with (
-            httpx.AsyncClient(timeout=30) as http,
-            open_stores(config, connection_params=self._params, http_client=http) as stores,
-        ):
-            yield Historian(name, stores)
-
-    async def _tell(self, order: str) -> None:
+    async def _tell(self, words: Sequence[str]) -> None:
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(f"{order}\n".encode())
+            process.stdin.write(msgspec.json.encode(words) + b"\n")
             await process.stdin.drain()
 
-    async def _heard(self) -> list[str]:
+    async def _heard(self) -> list[list[str]]:
         lines = []
         async with asyncio.timeout(GONE_SECONDS):
             for process in self._processes:
                 assert process.stdout is not None
-                lines.append((await process.stdout.readline()).decode().strip())
+                lines.append(msgspec.json.decode(await process.stdout.readline(), type=list[str]))
         return lines
 
 
@@ -129,19 +129,13 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-Meanwhile = Callable[[Servers], Awaitable[Any]]
-
-
 @pytest.fixture
-def run(tmp_path: Path, prefix: str) -> Callable[..., Awaitable[Servers]]:
+def run(tmp_path: Path, prefix: str) -> Run:
     async def run_them(
         params: dict[str, str], meanwhile: Meanwhile, broken: dict[int, str] | None = None, bound: float = BOUND
     ) -> Servers:
         servers = Servers(tmp_path, prefix, params, bound)
-        async with AsyncExitStack() as stack:
-            await servers.begin(stack, broken or {})
-            await meanwhile(servers)
-            await servers.end()
+        await servers.work(meanwhile, broken or {})
         return servers
 
     return run_them
@@ -153,7 +147,6 @@ async def nothing_happens(_: Servers) -> None:
 
 def assert_coherent(servers: Servers, bound: float = BOUND) -> None:
     violations = check(servers.history, bound)
-    print(len(servers.history), [(d.hits, d.through, d.refused, d.state, len(d.history)) for d in servers.done])
     assert not violations, "\n".join([f"{len(violations)} violations", *violations[:20]])
     for done in servers.done:
         assert done.state == "following"
@@ -181,9 +174,6 @@ async def own_pocketbase(tmp_path: Path) -> AsyncIterator[PocketBaseServer]:
 async def http() -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(timeout=10) as client:
         yield client
-
-
-Run = Callable[..., Awaitable[Servers]]
 
 
 async def test_servers_that_share_sessions_are_coherent(run: Run, pocketbase: PocketBaseServer) -> None:
@@ -240,7 +230,7 @@ async def test_they_are_where_pocketbase_is_killed_and_started_again(
     run: Run, own_pocketbase: PocketBaseServer
 ) -> None:
     async def kill(_: Servers) -> None:
-        for _ in range(2):
+        for _time in range(2):
             await asyncio.sleep(SECONDS / 3)
             os.kill(own_pocketbase.pid, signal.SIGKILL)
             await own_pocketbase.__aexit__(None, None, None)
@@ -269,10 +259,10 @@ async def test_they_are_where_their_tokens_expire(
 class Hand:
     """A person in the dashboard, say: changes records as PocketBase lets everybody do. Notes what it did."""
 
-    def __init__(self, servers: Servers, http: httpx.AsyncClient, url: str, prefix: str) -> None:
+    def __init__(self, servers: Servers, http: httpx.AsyncClient, url: str) -> None:
         self._servers = servers
         self._http = http
-        self._records = f"{url}/api/collections/{prefix}_sessions_{{}}/records"
+        self._records = f"{url}/api/collections/{PREFIX}_sessions_{{}}/records"
         self._chance = random.Random(7)
         self._number = 0
 
@@ -303,16 +293,18 @@ class Hand:
 
     async def _add_and_delete_a_session(self, session: str, value: str) -> None:
         (record,) = await self._found("sessions", f"doc_id='{session}'")
-        added = await self._do("POST", "sessions", "", {**record, "doc_id": value, "customer_id": "passing"}, {})
-        if added and self._chance.random() < 0.5:
-            await self._do("DELETE", "sessions", f"/{added}", None, {})
+        made = {**record, "doc_id": value, "customer_id": self._servers.passing, "agent_id": value}
+        made |= {"title": f'"{value}"', "metadata": f'{{"note":"{value}"}}', "consumption_offsets": '{"client":0}'}
+        if added := await self._do("POST", "sessions", "", made, begun(value, self._servers.passing, value)):
+            await asyncio.sleep(0.1)
+            await self._do("DELETE", "sessions", f"/{added}", None, nothing(value))
 
     async def _found(self, collection: str, where: str, **params: str) -> list[Any]:
         answer = await self._http.get(self._records.format(collection), params={"filter": where, **params})
         return list(answer.raise_for_status().json()["items"])
 
     async def _do(
-        self, method: str, collection: str, path: str, body: Any, values: dict[str, str | None] | dict[str, str]
+        self, method: str, collection: str, path: str, body: Any, values: Mapping[str, str | None]
     ) -> str:
         """The id of the record that was changed; empty where PocketBase refuses it, as it does what was written
         over a state that the hand has not seen."""
@@ -321,19 +313,19 @@ class Hand:
         answer = await self._http.request(method, self._records.format(collection) + path, json=content)
         if answer.is_error:
             return ""
-        self._servers.history.append(Op("hand", "write", begin, now(), dict(values)))
+        self._servers.history.append(Op("hand", "write", begin, now(), values))
         return str(answer.json()["id"]) if answer.content else "-"
 
 
 @pytest.mark.slow
 async def test_they_are_where_foreign_hands_edit_add_and_delete_records(
-    run: Run, pocketbase: PocketBaseServer, prefix: str
+    run: Run, pocketbase: PocketBaseServer
 ) -> None:
     headers = {"Authorization": pocketbase.connection_params["admin_token"]}
     async with httpx.AsyncClient(headers=headers, timeout=10) as http:
 
         async def meddle(servers: Servers) -> None:
-            await Hand(servers, http, pocketbase.url, prefix).meddle()
+            await Hand(servers, http, pocketbase.url).meddle()
 
         servers = await run(pocketbase.connection_params, meddle)
     assert sum(op.process == "hand" for op in servers.history) > 20
