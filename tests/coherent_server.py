@@ -3,9 +3,9 @@
     python -m tests.coherent_server '{"name": "s0", ...}'
 
 It goes through its life by lines on its standard input. At the first, the sessions to share, it opens its stores
-and says `ready` when its caches answer; from the second on it works. At the third it stops, and says which sessions
-have come and gone. When it is told all of those, it waits for as long as an answer may be stale, reads everything
-for the last time, and writes what it did to a file.
+and says `ready` when its caches answer; from the second on it works. At the third it stops, and says which
+sessions have come and gone. When it is told all of those, it waits for as long as an answer may be stale, reads
+everything for the last time, and writes what it did to a file.
 """
 
 from __future__ import annotations

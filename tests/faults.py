@@ -260,6 +260,19 @@ class Buffer:
                 await exchange.send(piece)
 
 
+class Valve:
+    """Passes everything on until it is shut; what comes then is lost, though nothing shows that."""
+
+    def __init__(self) -> None:
+        self.is_shut = False
+
+    async def __call__(self, exchange: Exchange) -> None:
+        async with contextlib.aclosing(exchange.ask()) as response:
+            async for piece in response:
+                if not self.is_shut or b"PB_CONNECT" in piece or piece.startswith(b"HTTP/"):
+                    await exchange.send(piece)
+
+
 class Gate:
     """Holds requests until it is opened; then they reach PocketBase, also where their client has left."""
 
