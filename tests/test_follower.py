@@ -8,6 +8,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Any, TypedDict, cast
 
 import httpx
@@ -20,11 +21,13 @@ from parlant.core.persistence.document_database import identity_loader_for
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
 from pb_cached.coherence import Follower, logs
+from pb_cached.coherence import follower as following
 from pb_cached.coherence.feed import now
 from pb_cached.coherence.stats import CoherenceStats
-from pb_cached.config import CoherenceSettings, CollectionSettings, WriteSettings
+from pb_cached.config import CoherenceSettings, CollectionSettings
 from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.errors import SchemaError
+from pb_cached.pocketbase.realtime import RealtimeStream, Timing
 from tests.faults import EVERY, FaultProxy, Valve, answer
 
 MAX_STALENESS = 1.0
@@ -136,6 +139,11 @@ class Server:
         """How often it has said that, so gravely."""
         return sum(words in line.getMessage() and line.levelno >= level for line in self._lines)
 
+    async def knows(self, other: Server) -> None:
+        """Return when it has heard of the other's numbers."""
+        feed = self.follower._logs[self.log].feed
+        await until(lambda: other.id in feed._servers, lambda: f"nothing of {other.id}")
+
     async def caches(self, topic: str) -> None:
         """Have it answer from its cache."""
         await self.follows()
@@ -161,10 +169,12 @@ OpenServer = Callable[..., Any]
 
 
 @pytest_asyncio.fixture
-async def open_server(pocketbase: PocketBaseServer) -> AsyncIterator[OpenServer]:
+async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OpenServer]:
+    # While two streams overlap everything comes twice.
+    monkeypatch.setattr(following, "RealtimeStream", partial(RealtimeStream, timing=Timing(overlap=0.1)))
     async with AsyncExitStack() as stack:
 
-        async def open_one(prefix: str = "follower", schema: type[Any] = Note, **writes: float) -> Server:
+        async def open_one(prefix: str = "follower", schema: type[Any] = Note) -> Server:
             proxy = await stack.enter_async_context(FaultProxy(pocketbase.url))
             http = await stack.enter_async_context(httpx.AsyncClient(timeout=10))
             lines: list[logging.LogRecord] = []
@@ -173,7 +183,6 @@ async def open_server(pocketbase: PocketBaseServer) -> AsyncIterator[OpenServer]
             config = Config(
                 coherence=CoherenceSettings("realtime", MAX_STALENESS, HEARTBEAT, audit_interval=0),
                 collections=NOTES,
-                writes=WriteSettings(**cast(Any, writes)),
             )
             params = pocketbase.connection_params | {"url": proxy.url}
             database = await stack.enter_async_context(
@@ -257,6 +266,7 @@ async def test_what_another_server_commits_is_shown_without_a_read(one: Server, 
 
 
 async def test_a_number_that_is_missing_is_looked_up_in_the_log(one: Server, other: Server, topic: str) -> None:
+    await other.knows(one)
     await other.caches(topic)
     before = other.reads
     other.tap.lost = lambda _, record: record.get("n", 0) > 0 and f"{topic}-0" in record["payload"]
@@ -267,6 +277,7 @@ async def test_a_number_that_is_missing_is_looked_up_in_the_log(one: Server, oth
 
 
 async def test_a_beat_tells_of_a_commit_that_nothing_follows(one: Server, other: Server, topic: str) -> None:
+    await other.knows(one)
     await other.caches(topic)
     other.tap.lose_commits()
     await one.notes.insert_one(note(topic, 0))
@@ -278,6 +289,7 @@ async def test_all_numbers_of_a_long_gap_are_looked_up(
     one: Server, other: Server, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "PAGE", 2)
+    await other.knows(one)
     await other.caches(topic)
     before = other.reads
     other.tap.lose_commits()
@@ -373,9 +385,9 @@ async def test_a_stream_that_dies_silently_ends_cached_answers_and_is_said_once(
 
 
 async def test_after_a_gap_the_log_is_read_and_not_the_collections(one: Server, other: Server, topic: str) -> None:
-    kept, deleted = note(topic, 0), note(topic, 1)
-    await one.notes.insert_one(kept)
+    deleted, kept = note(topic, 0), note(topic, 1)
     await one.notes.insert_one(deleted)
+    await one.notes.insert_one(kept)
     await other.caches(topic)
     before, catch_ups = other.reads, other.coherence.catch_ups
     async with other.proxy.down():
@@ -391,10 +403,9 @@ async def test_after_a_gap_the_log_is_read_and_not_the_collections(one: Server, 
     assert other.coherence.epochs == 0
 
 
-async def test_a_gap_of_which_the_log_is_forgotten_drops_the_cache(
-    open_server: OpenServer, one: Server, topic: str
-) -> None:
-    other = await open_server(log_retention=0.5)
+async def test_a_gap_of_which_the_log_is_forgotten_drops_the_cache(one: Server, other: Server, topic: str) -> None:
+    for name, log in other.follower._logs.items():
+        other.follower._logs[name] = msgspec.structs.replace(log, retained=0.5)
     await one.notes.insert_one(note(topic, 0))
     await other.caches(topic)
     before = other.reads
@@ -418,6 +429,7 @@ async def test_beats_that_are_forgotten_in_a_log_are_no_reason_to_drop_the_cache
     other: Server, hand: httpx.AsyncClient, topic: str
 ) -> None:
     await other.caches(topic)
+    await until(lambda: other.follower._receipts[other.log][0] != other.log, lambda: other.follower._receipts)
     await sql(hand, f"DELETE FROM `{other.log}` WHERE layout='beat'")
     before = other.reads
     async with other.proxy.down():

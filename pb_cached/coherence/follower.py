@@ -82,9 +82,9 @@ class Follower:
     the collection that commits of a layout are for; `_covered`, the topics that the stream brings; `_sent`, our
     beats that have not come yet, and `_receipts`, for each log the last that PocketBase has, and in which log;
     `_unclear`, records that must be read, and `_strangers`, commits of layouts that we do not know, each with the
-    time since when; `_ids`, of collections, and `_last_edit`, which show what was made anew; `_is_dead`, is the
-    stream believed to be, `_good_at`, when was last seen that all caches may answer, and `_is_said`, was it said
-    that they may not?
+    time since when; `_identities`, of collections, and `_last_edit`, which show what was made anew; `_is_dead`, is
+    the stream believed to be, `_good_at`, when was last seen that all caches may answer, and `_is_said`, was it
+    said that they may not?
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Follower:
         self._receipts: dict[str, tuple[str, str]] = {}
         self._unclear: dict[str, dict[str, float]] = {}
         self._strangers: list[tuple[Feed, Entry, float]] = []
-        self._ids: dict[str, str] = {}
+        self._identities: dict[str, str] = {}
         self._last_edit: int | None = None
         self._is_dead = False
         self._good_at = now()
@@ -489,10 +489,10 @@ class Follower:
             if name in self._collections:
                 self._doubt(name, [record])
         for name in names:
-            id_ = sight.collections.get(name, "")
-            if self._ids.setdefault(name, id_) == id_:
+            identity = sight.collections.get(name, "")
+            if self._identities.setdefault(name, identity) == identity:
                 continue
-            self._ids[name] = id_
+            self._identities[name] = identity
             self._log.warning("a collection was made anew; what was cached of it is dropped", collection=name)
             if name in self._logs:
                 self._begin_anew(self._logs[name].feed)

@@ -36,7 +36,7 @@ class Sight(Struct, frozen=True):
     """What foreign hands have changed: collections and records."""
     last_edit: int
     collections: Mapping[str, str]
-    """PocketBase's ids of those that were asked for, by name."""
+    """Of those that were asked for, by name: what no other collection has, though it has the same name."""
 
 
 class Logs:
@@ -98,7 +98,8 @@ class Logs:
         found: dict[str, str] = {}
         for some in _chunks(names):
             rows = await self._sql.select(
-                f"SELECT name, id FROM _collections WHERE name IN ({some}) "
+                # Its id PocketBase makes of its name, so one that is made anew has the same.
+                f"SELECT name, id || ' ' || created FROM _collections WHERE name IN ({some}) "
                 f"UNION ALL SELECT '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
             )
             found |= dict(rows)
