@@ -384,7 +384,10 @@ async def test_a_stream_that_dies_silently_ends_cached_answers_and_is_said_once(
     await until(lambda: other.said("caches answer again", logging.INFO) == 1, lambda: other.coherence)
 
 
-async def test_after_a_gap_the_log_is_read_and_not_the_collections(one: Server, other: Server, topic: str) -> None:
+async def test_after_a_gap_the_log_is_read_and_not_the_collections(
+    open_server: OpenServer, topic: str, prefix: str
+) -> None:
+    one, other = await open_server(prefix), await open_server(prefix)
     deleted, kept = note(topic, 0), note(topic, 1)
     await one.notes.insert_one(deleted)
     await one.notes.insert_one(kept)
@@ -426,8 +429,9 @@ async def test_a_failing_beat_after_a_gap_is_made_up_for(other: Server, topic: s
 
 
 async def test_beats_that_are_forgotten_in_a_log_are_no_reason_to_drop_the_cache(
-    other: Server, hand: httpx.AsyncClient, topic: str
+    open_server: OpenServer, hand: httpx.AsyncClient, topic: str, prefix: str
 ) -> None:
+    other = await open_server(prefix)
     await other.caches(topic)
     await until(lambda: other.follower._receipts[other.log][0] != other.log, lambda: other.follower._receipts)
     await sql(hand, f"DELETE FROM `{other.log}` WHERE layout='beat'")
