@@ -28,7 +28,7 @@ from pb_cached.config import CoherenceSettings, CollectionSettings
 from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.errors import SchemaError
 from pb_cached.pocketbase.realtime import RealtimeStream, Timing
-from tests.faults import EVERY, FaultProxy, Valve, answer
+from tests.faults import EVERY, FaultProxy, Valve, answer, delay
 
 MAX_STALENESS = 1.0
 HEARTBEAT = 0.2
@@ -358,6 +358,17 @@ async def test_another_version_of_the_application_is_understood(
     await one.follows()
 
 
+async def test_what_another_version_moves_comes_to_where_it_is_moved(
+    one: Server, open_server: OpenServer, topic: str
+) -> None:
+    newer = await open_server(schema=NewerNote)
+    document = note(f"{topic} too", 0, title=None)
+    await newer.notes.insert_one(document)
+    await one.caches(topic)
+    await newer.notes.update_one({"id": {"$eq": document["id"]}}, {"topic": topic})
+    await one.shows(topic, "text 0")
+
+
 # a stream that fails
 
 
@@ -565,7 +576,9 @@ async def test_edits_that_never_end_do_not_end_cached_answers(
     for each in (document, note(topic, 0)):
         await one.notes.insert_one(each)
     await other.caches(topic)
-    end = now() + 2 * MAX_STALENESS
+    # so that more are always found before those before are read
+    other.proxy.plan("GET", f"/api/collections/{one._collection}/records", delay(1.5 * HEARTBEAT), at=EVERY)
+    end = now() + 3 * MAX_STALENESS
     number = 0
     while now() < end:
         number += 1
@@ -575,7 +588,7 @@ async def test_edits_that_never_end_do_not_end_cached_answers(
     assert number > 10
 
 
-async def test_a_log_that_is_gone_holds_up_no_other(
+async def test_a_log_that_cannot_be_read_holds_up_no_other(
     open_server: OpenServer, hand: httpx.AsyncClient, topic: str, prefix: str
 ) -> None:
     other = await open_server(prefix)
@@ -587,16 +600,17 @@ async def test_a_log_that_is_gone_holds_up_no_other(
         config=other.database._config,
     )
     async with beside:
-        await beside.get_or_create_collection("notes", Note, identity_loader_for(Note))
+        notes = await beside.get_or_create_collection("notes", Note, identity_loader_for(Note))
         assert beside._connection is other.database._connection
+        where, path = {"topic": {"$eq": topic}}, f"/api/collections/{prefix}_beside_notes/records"
         await other.follows()
-        await other.caches(topic)
+        await notes.find(cast(Any, where))
+        before = other.proxy.count("GET", path)
         async with other.proxy.down():
             await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
-            (await hand.delete(f"/api/collections/{prefix}_beside_notes_log")).raise_for_status()
-        await until(
-            lambda: other.follower._logs[other.log].feed.is_proven, lambda: "the other log is not followed"
-        )
-        before = other.reads
-        await other.texts(topic)
-        assert other.reads == before
+            other.proxy.plan("GET", f"/api/collections/{other.log}/records", answer(500), at=EVERY)
+        feed = other.follower._logs[f"{prefix}_beside_notes_log"].feed
+        await until(lambda: feed.is_proven, lambda: "the other log is not followed")
+        await notes.find(cast(Any, where))
+        assert other.proxy.count("GET", path) == before
+        assert other.coherence.state != "following"

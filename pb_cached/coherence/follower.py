@@ -81,10 +81,10 @@ class Follower:
     """Mutable state, changed between awaits only: `_logs` and `_collections`, what is followed, and `_homes`,
     the collection that commits of a layout are for; `_covered`, the topics that the stream brings; `_sent`, our
     beats that have not come yet, and `_receipts`, for each log the last that PocketBase has, and in which log;
-    `_unclear`, records that must be read, and `_strangers`, commits of layouts that we do not know, each with the
-    time since when; `_identities`, of collections, and `_last_edit`, which show what was made anew; `_is_dead`, is
-    the stream believed to be, `_good_at`, when was last seen that all caches may answer, and `_is_said`, was it
-    said that they may not?
+    `_unclear`, records that must be read, `_clearing`, those that are being read, and `_strangers`, commits of
+    layouts that we do not know, each with the time since when; `_identities`, of collections, and `_last_edit`,
+    which show what was made anew; `_is_dead`, is the stream believed to be, `_good_at`, when was last seen that all
+    caches may answer, and `_is_said`, was it said that they may not?
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class Follower:
         self._sent: dict[str, _Beat] = {}
         self._receipts: dict[str, tuple[str, str]] = {}
         self._unclear: dict[str, dict[str, float]] = {}
+        self._clearing: dict[str, dict[str, float]] = {}
         self._strangers: list[tuple[Feed, Entry, float]] = []
         self._identities: dict[str, str] = {}
         self._last_edit: int | None = None
@@ -288,7 +289,7 @@ class Follower:
     def _settle_doubts(self) -> None:
         """Tell the feeds since when there is what could not be applied."""
         since: dict[str, float] = {feed.log: at for feed, _, at in reversed(self._strangers)}
-        for name, records in self._unclear.items():
+        for name, records in (*self._unclear.items(), *self._clearing.items()):
             oldest = next(iter(records.values()))  # they are in the order in which they came
             for followed in self._collections.get(name, ()):
                 since[followed.feed.log] = min(oldest, since.get(followed.feed.log, oldest))
@@ -389,7 +390,7 @@ class Follower:
         self._settle_doubts()
 
     async def _clear_up(self, name: str) -> None:
-        records = self._unclear.pop(name)  # what comes from now on is read once more
+        records = self._clearing[name] = self._unclear.pop(name)  # what comes from now on is read once more
         try:
             for followed in self._collections.get(name, ()):
                 try:
@@ -405,7 +406,9 @@ class Follower:
             later = self._unclear.get(name, {})
             self._unclear[name] = records | {record: at for record, at in later.items() if record not in records}
             raise
-        self._settle_doubts()
+        finally:
+            del self._clearing[name]
+            self._settle_doubts()
 
     async def _look_up(self, feed: Feed, gap: Gap) -> None:
         """Numbers are missing: read them, or learn that there are no such commits."""
