@@ -20,7 +20,7 @@ from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import identity_loader_for
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
-from pb_cached.coherence import Follower, logs
+from pb_cached.coherence import Follower, feed, logs
 from pb_cached.coherence import follower as following
 from pb_cached.coherence.feed import now
 from pb_cached.coherence.stats import CoherenceStats
@@ -141,8 +141,8 @@ class Server:
 
     async def knows(self, other: Server) -> None:
         """Return when it has heard of the other's numbers."""
-        feed = self.follower._logs[self.log].feed
-        await until(lambda: other.id in feed._servers, lambda: f"nothing of {other.id}")
+        servers = self.follower._logs[self.log].feed._servers
+        await until(lambda: other.id in servers, lambda: f"nothing of {other.id}")
 
     async def caches(self, topic: str) -> None:
         """Have it answer from its cache."""
@@ -313,6 +313,22 @@ async def test_commits_that_come_again_or_late_change_nothing(one: Server, other
         other.tap.let_through(message)
     assert await other.texts(topic) == ["third"]
     assert other.reads == before
+
+
+async def test_who_was_told_that_a_record_is_gone_does_not_find_it_cached(
+    one: Server, other: Server, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = note(topic, 0)
+    await one.notes.insert_one(document)
+    await other.caches(topic)
+    monkeypatch.setattr(feed, "PATIENCE", SOON)
+    other.tap.lose_commits()
+    await one.notes.delete_one({"id": {"$eq": document["id"]}})
+    assert other.notes._cached is not None
+    with monkeypatch.context() as moment:
+        moment.setattr(other.notes._cached, "_may_answer", lambda: False)
+        assert await other.texts(topic) == []
+    assert await other.texts(topic) == []
 
 
 async def test_an_update_that_overtakes_the_creation_by_another_server_holds(
@@ -609,8 +625,8 @@ async def test_a_log_that_cannot_be_read_holds_up_no_other(
         async with other.proxy.down():
             await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
             other.proxy.plan("GET", f"/api/collections/{other.log}/records", answer(500), at=EVERY)
-        feed = other.follower._logs[f"{prefix}_beside_notes_log"].feed
-        await until(lambda: feed.is_proven, lambda: "the other log is not followed")
+        follows = other.follower._logs[f"{prefix}_beside_notes_log"].feed
+        await until(lambda: follows.is_proven, lambda: "the other log is not followed")
         await notes.find(cast(Any, where))
         assert other.proxy.count("GET", path) == before
         assert other.coherence.state != "following"

@@ -351,11 +351,16 @@ class CollectionCache:
     def distrust(self, key: Key) -> None:
         """PocketBase holds something in this partition that the cache does not know of: the next reader loads it
         anew, and does not make do with a load that began before."""
+        self.overtaken(key)
+        self.watches.changed(key)
+
+    def overtaken(self, key: Key) -> None:
+        """Somebody has read this partition from PocketBase itself, and must find no older one here. To who watches
+        that is no news."""
         self.forget(key)
         for reading in self._readings:
             if reading.key == key:
                 reading.void = True
-        self.watches.changed(key)
 
     def forget(self, key: Key) -> None:
         """Drop a partition. The next reader loads it anew."""

@@ -83,8 +83,8 @@ class Follower:
     beats that have not come yet, and `_receipts`, for each log the last that PocketBase has, and in which log;
     `_unclear`, records that must be read, `_clearing`, those that are being read, and `_strangers`, commits of
     layouts that we do not know, each with the time since when; `_identities`, of collections, and `_last_edit`,
-    which show what was made anew; `_is_dead`, is the stream believed to be, `_good_at`, when was last seen that all
-    caches may answer, and `_is_said`, was it said that they may not?
+    which show what was made anew; `_is_dead`, is the stream believed to be, `_good_at`, when was last seen that
+    all caches may answer, and `_is_said`, was it said that they may not?
     """
 
     def __init__(

@@ -90,7 +90,7 @@ class CachedReads:
     async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
         hit = candidates = self._at_hand(where)
         if candidates is None and (candidates := await self._fetched(where)) is None:
-            return await self._through(self._direct.find(where, limit, descending))
+            return await self._through(self._direct.find(where, limit, descending), where)
         found = candidates.documents()
         if not candidates.ordered:
             found.sort(key=position, reverse=descending)
@@ -103,7 +103,7 @@ class CachedReads:
     async def first(self, where: Mapping[str, Any]) -> Match | None:
         hit = candidates = self._at_hand(where)
         if candidates is None and (candidates := await self._fetched(where)) is None:
-            return await self._through(self._direct.first(where))
+            return await self._through(self._direct.first(where), where)
         match = candidates.first()
         if hit:
             self._count(match is not None)
@@ -112,7 +112,7 @@ class CachedReads:
     async def first_sorted(self, where: Mapping[str, Any], sort: CollectionSort) -> Document | None:
         hit = candidates = self._at_hand(where)
         if candidates is None and (candidates := await self._fetched(where)) is None:
-            return await self._through(self._direct.first_sorted(where, sort))
+            return await self._through(self._direct.first_sorted(where, sort), where)
         if candidates.rising and len(sort) == 1 and sort[0][0] == self.cache.rule.sequence:
             match = candidates.first(last=sort[0][1] == SortDirection.DESC)
             document = match.document if match else None
@@ -125,7 +125,7 @@ class CachedReads:
     async def exists(self, where: Mapping[str, Any]) -> bool:
         hit = candidates = self._at_hand(where)
         if candidates is None and (candidates := await self._fetched(where)) is None:
-            return await self._through(self._direct.exists(where))
+            return await self._through(self._direct.exists(where), where)
         found = candidates.first() is not None if candidates.matches else bool(candidates.entries)
         if hit:
             self._count(found)
@@ -134,7 +134,7 @@ class CachedReads:
     async def greatest(self, where: Mapping[str, Any], field: str) -> Json:
         hit = candidates = self._at_hand(where)
         if candidates is None and (candidates := await self._fetched(where)) is None:
-            return await self._through(self._direct.greatest(where, field))
+            return await self._through(self._direct.greatest(where, field), where)
         if candidates.rising and candidates.matches is None and field == self.cache.rule.sequence:
             greatest = self.cache.facts(candidates.entries[-1].document).sequence if candidates.entries else None
         else:
@@ -144,9 +144,15 @@ class CachedReads:
             self._count(greatest is not None)
         return greatest
 
-    async def _through(self, read: Awaitable[T]) -> T:
+    async def _through(self, read: Awaitable[T], where: Mapping[str, Any]) -> T:
         self.cache.stats.through += 1
         found = await read
+        # What the reader has not found may be cached still: 1. another server deletes a record; 2. the reader,
+        # for whom the cache may not answer at this moment, is told so by PocketBase; 3. the cache may answer
+        # again, and has not heard of the deletion yet.
+        keys = keys_of(where, self.cache)
+        for key in (self._keys_by_ids(where) if keys is None else keys) or ():
+            self.cache.overtaken(key)
         await self._settled()
         return found
 
