@@ -177,9 +177,11 @@ class Config(Section, frozen=True):
         source = path if path is not None else os.environ.get(CONFIG_VARIABLE) or None
         if source is None:
             return cls()
+        if not isinstance(source, str | os.PathLike):
+            raise ConfigError(f"the configuration: expected the path of a TOML file, not {type(source).__name__}")
         file = Path(source)
         try:
-            table = tomllib.loads(file.read_text("utf-8"))
+            table = tomllib.loads(file.read_text("utf-8-sig"))  # some editors begin a file with a mark
         except FileNotFoundError:
             asked = "" if path is not None else f" (named by {CONFIG_VARIABLE})"
             raise ConfigError(f"{file}{asked}: there is no such file; expected a TOML configuration") from None
@@ -377,7 +379,7 @@ def _checked_url(url: str, source: str) -> str:
 
 def _secret_file(path: str, key: str) -> str:
     try:
-        secret = Path(path).read_text("utf-8").strip()
+        secret = Path(path).read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"pocketbase.{key}: {path} cannot be read: {type(error).__name__}") from error
     if not secret:

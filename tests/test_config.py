@@ -252,6 +252,31 @@ def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
     assert "cannot be read as UTF-8 text" in refusal(folder)
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    """As Windows' editors write it."""
+    (folder / "marked.toml").write_text("[cache]\nmax_bytes = 7", "utf-8-sig")
+    assert Config.load(folder / "marked.toml").cache.max_bytes == 7
+    (folder / "wide.toml").write_text("[cache]\nmax_bytes = 7", "utf-16")
+    assert "cannot be read as UTF-8 text" in refusal(folder / "wide.toml")
+
+
+def test_a_secrets_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    (folder / "token").write_text(SECRETS[0], "utf-8-sig")
+    settings = PocketBaseSettings(url=HERE, admin_token_file=str(folder / "token"))
+    assert find_address(Config(pocketbase=settings)).credentials == Credentials(token=Secret(SECRETS[0]))
+
+
+def test_what_is_no_path_is_refused_as_a_configuration() -> None:
+    with pytest.raises(ConfigError, match="expected the path of a TOML file, not int"):
+        Config.load(cast(Any, 5))
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "x"])
+def test_a_port_that_cannot_be_is_refused(port: str) -> None:
+    with pytest.raises(ConfigError, match=f"expected a URL such as .*, got 'http://127.0.0.1:{port}'"):
+        find_url(Config(), {"url": f"http://127.0.0.1:{port}"})
+
+
 @pytest.mark.parametrize("key", ["admin_token", "admin_password"])
 def test_a_secret_in_the_file_is_refused_and_told_where_it_belongs(toml: TomlWriter, key: str) -> None:
     said = refusal(toml(f'[pocketbase]\n{key} = "{SECRETS[0]}"'))
