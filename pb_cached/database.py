@@ -56,7 +56,7 @@ from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
 from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads
-from pb_cached.reading.order import after, position
+from pb_cached.reading.order import position
 from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
 from pb_cached.writes import Committer, Overtaken, RecordChanges, State
@@ -105,6 +105,8 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             )
         self._config = checked_config(config) if config is not None else Config.load()
         self._address = find_address(self._config, connection_params)
+        if not isinstance(collection_prefix, str | None):
+            raise ConfigError(f"collection_prefix: expected a string, not {type(collection_prefix).__name__}")
         self._prefix = collection_prefix or DEFAULT_PREFIX
         self._http = http_client
         self._log = log_through(logger, self._config.logging)
@@ -412,15 +414,14 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             `total_count` counts all matches after the cursor, also those beyond the limit.
 
         Raises:
-            InvalidFilter: an unknown operator or a malformed filter.
+            InvalidFilter: an unknown operator, a malformed filter, or a limit, cursor or direction that is none.
         """
         self._require_open()
         _require_filter(filters)
-        if limit is not None and limit < 0:
-            raise InvalidFilter(f"limit must not be negative, got {limit}")
+        _require_page(limit, cursor, sort_direction)
         descending = sort_direction == SortDirection.DESC
-        where = after(filters, cursor, descending)
-        found = await self._read(self._reads.find, where, limit, descending)
+        at = (str(cursor.creation_utc), str(cursor.id)) if cursor is not None else None
+        found = await self._read(self._reads.find, filters, limit, descending, at)
         has_more = found.total > len(found.documents)
         last = found.documents[-1] if has_more and found.documents else None
         return FindResult(
@@ -440,6 +441,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """
         self._require_open()
         _require_filter(filters)
+        _require_sort(sort)
         if sort:
             return cast(TDocument | None, await self._read(self._reads.first_sorted, filters, sort))
         match = await self._read(self._reads.first, filters)
@@ -581,6 +583,35 @@ def _state(match: Match) -> State:
 def _require_filter(filters: object) -> None:
     if not isinstance(filters, Mapping):
         raise InvalidFilter(f"a filter must be a mapping such as {{'id': {{'$eq': ...}}}}, not {filters!r:.60}")
+
+
+def _require_page(limit: object, cursor: object, direction: object) -> None:
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+        raise InvalidFilter(f"limit must be a whole number or None, not {limit!r:.60}")
+    if limit is not None and limit < 0:
+        raise InvalidFilter(f"limit must not be negative, got {limit}")
+    if cursor is not None and not isinstance(cursor, Cursor):
+        raise InvalidFilter(
+            f"cursor must be a Cursor, such as the next_cursor of the page before, or None, not {cursor!r:.60}"
+        )
+    if direction is not None:
+        _require_direction(direction, "sort_direction")
+
+
+def _require_sort(sort: object) -> None:
+    if sort is None:
+        return
+    if isinstance(sort, str) or not isinstance(sort, Sequence):
+        raise InvalidFilter(f"sort must be a sequence of (field, SortDirection), not {sort!r:.60}")
+    for part in sort:
+        if not (isinstance(part, Sequence) and len(part) == 2 and isinstance(part[0], str)):
+            raise InvalidFilter(f"sort must be a sequence of (field, SortDirection), and holds {part!r:.60}")
+        _require_direction(part[1], f"the direction of '{part[0]}'")
+
+
+def _require_direction(direction: object, what: str) -> None:
+    if not isinstance(direction, SortDirection):
+        raise InvalidFilter(f"{what} must be SortDirection.ASC or SortDirection.DESC, not {direction!r:.60}")
 
 
 def _require_document(document: object) -> None:
