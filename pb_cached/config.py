@@ -14,7 +14,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
@@ -357,7 +357,7 @@ def _check_params(params: Mapping[str, Any] | None) -> None:
     for name, value in (params or {}).items():
         if name not in _PARAMS:
             raise ConfigError(
-                f"connection_params: unknown key '{name}'{_near(str(name), _PARAMS)}; "
+                f"connection_params: unknown key '{name}'{near(str(name), _PARAMS)}; "
                 f"expected some of {', '.join(_PARAMS)}"
             )
         if value is not None and not isinstance(value, str):
@@ -417,7 +417,7 @@ def _explained(problem: str, table: Mapping[str, Any]) -> str:
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text):
         known = tuple(field.name for field in msgspec.structs.fields(_section(key)))
         name = f"{key}.{unknown[1]}" if key else unknown[1]
-        return f"unknown key '{name}'{_near(unknown[1], known)}; expected some of {', '.join(known)}"
+        return f"unknown key '{name}'{near(unknown[1], known)}; expected some of {', '.join(known)}"
     if text.startswith("Invalid enum value"):
         text = f"{text}; expected one of {', '.join(_choices(key))}"
     text = text[:1].lower() + text[1:].replace("`object`", "a table").replace("`array`", "a list").replace(
@@ -455,6 +455,7 @@ def _choices(key: str) -> tuple[str, ...]:
     return get_args(literals[0])
 
 
-def _near(name: str, known: tuple[str, ...]) -> str:
+def near(name: str, known: Sequence[str]) -> str:
+    """A question after the known name that is most like this one, if any is."""
     match = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean '{match[0]}'?)" if match else ""

@@ -35,7 +35,8 @@ class Connection:
     """One PocketBase, as one event loop sees it.
 
     Mutable state: `_committers`, one per log, each made by the first database that asks for it; `_caches`, one per
-    collection and schema (by another schema its documents are others), likewise.
+    collection and schema (by another schema its documents are others), likewise; `opened`, the collections that
+    were, as Parlant calls them.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Connection:
             users: counts the databases that it is open for.
         """
         self.users = users
+        self.opened: set[str] = set()
         self.client = client
         self.dialect = dialect
         self.schema = SchemaEditor(client, dialect, log)
@@ -211,6 +213,12 @@ async def _open(
     )
     if dialect.sql:
         await drop_orphans(client, log)
+    if config.coherence.mode is None:
+        log.info(
+            "every read asks PocketBase, as others may write to it; where nobody else does, "
+            '`mode = "exclusive"` under [coherence] has them come from memory',
+            url=address.url,
+        )
     log.debug("connected", url=address.url, **msgspec.structs.asdict(dialect))
     return Connection(client, dialect, config, log, users)
 

@@ -8,7 +8,7 @@ by filter, the compiled predicate decides.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from types import TracebackType
@@ -32,7 +32,7 @@ from parlant.core.persistence.document_database import (
 
 from pb_cached.cache.collection import CollectionCache, Rule
 from pb_cached.cache.predicate import compile_where
-from pb_cached.cache.rules import indexed_fields, rule_for
+from pb_cached.cache.rules import PARLANT, indexed_fields, rule_for
 from pb_cached.cache.stats import CollectionStats
 from pb_cached.config import Config, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
@@ -47,6 +47,7 @@ from pb_cached.errors import (
     RequestRejected,
     SchemaError,
     StaleRevision,
+    named,
 )
 from pb_cached.exact import Json, loads
 from pb_cached.migrations import Failures, Migration
@@ -156,6 +157,8 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         self._collections.clear()
         connection, committer = self._connection, self._committer
         self._connection = self._committer = None
+        if connection and connection.users() == 1:
+            self._warn_of_settings_without_effect(connection.opened)
         try:
             # The last one closes the committer itself, which drains it and accounts for what is left.
             if connection and committer and connection.users() > 1:
@@ -165,6 +168,16 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 await self._exit_stack.aclose()
             finally:
                 self._entered = False
+
+    def _warn_of_settings_without_effect(self, opened: Collection[str]) -> None:
+        """Those for collections that no database of the connection has opened. Any name may still come while it is
+        open, and Parlant's may belong to a store that this process does not have."""
+        for key, names in (("cache.warm", self._config.cache.warm), ("collections", self._config.collections)):
+            unknown = [name for name in names if name not in opened and name not in PARLANT]
+            if unknown:
+                self._log.warning(
+                    "settings had no effect: no such collection was opened", key=key, collections=named(unknown)
+                )
 
     async def _drain(self, committer: Committer) -> None:
         timeout = self._config.writes.close_timeout
@@ -320,6 +333,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 self._log,
             ).run()
         self._collections[name] = collection
+        connection.opened.add(name)
         if name in self._config.cache.warm:
             collection.warm_in_background()
         return collection

@@ -134,6 +134,27 @@ def test_the_remote_preset_needs_only_a_password(environment: Callable[..., None
     assert found.credentials == Credentials(email="parlant@example.com", password=Secret(SECRETS[1]))
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "name", "hint"),
+    [
+        ('[cache]\nwarm = ["sessions", "evnets"]', "cache.warm", "evnets", " (did you mean 'events'?)"),
+        ("[collections.Events]\nunique_ids = true", "collections.Events", "Events", " (did you mean 'events'?)"),
+        ("[collections.notes]", "collections.notes", "notes", ""),
+    ],
+)
+async def test_a_setting_for_a_collection_that_no_store_has_is_refused_by_name(
+    toml: TomlWriter, monkeypatch: pytest.MonkeyPatch, text: str, key: str, name: str, hint: str
+) -> None:
+    file = toml(text)
+    known = "expected some of sessions, events, customers, customer_tag_associations, variables, "
+    complaint = f"{key}: none of Parlant's three stores has a collection '{name}'{hint}; {known}"
+    monkeypatch.setenv("PB_CACHED_CONFIG", str(file))
+    for config, source in ((file, str(file)), (None, str(file)), (Config.load(file), "Config")):
+        with pytest.raises(ConfigError, match="^" + re.escape(f"{source}: {complaint}")):
+            async with open_stores(config, connection_params=PARAMS):
+                pass
+
+
 # --- the file ---------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from parlant.core.sessions import SessionDocumentStore
 from typing_extensions import override
 
 from pb_cached.stores.held import HoldsItsWrites, held
+from pb_cached.stores.versions import versions_told
 
 _UNCHANGED_SINCE = "0.8.0"
 """Parlant 3.3 brings events up to this version and knows no way on to its own 0.9.0, though nothing about events
@@ -41,7 +42,8 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
 
     @override
     async def __aenter__(self) -> Self:
-        await super().__aenter__()
+        async with versions_told(self, self._database):
+            await super().__aenter__()
         await self._event_collection.ensure_indexes([_OFFSETS])
         return self
 

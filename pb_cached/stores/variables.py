@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from pb_cached.stores.held import HoldsItsWrites, held
 from pb_cached.stores.ids import UniqueIds
+from pb_cached.stores.versions import versions_told
 
 _VALUES: Final = CollectionIndex(
     fields=(("variable_id", SortDirection.ASC), ("key", SortDirection.ASC)), unique=True
@@ -51,7 +52,8 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
 
     @override
     async def __aenter__(self) -> Self:
-        await super().__aenter__()
+        async with versions_told(self, self._database):
+            await super().__aenter__()
         await self._value_collection.ensure_indexes([_VALUES])
         return self
 

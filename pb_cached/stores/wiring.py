@@ -28,13 +28,16 @@ from parlant.core.persistence.common import MigrationRequired
 from parlant.core.sessions import PollingSessionListener, SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
+from pb_cached.cache.rules import PARLANT
 from pb_cached.config import (
+    CONFIG_VARIABLE,
     CoherenceSettings,
     Config,
     PocketBaseSettings,
     checked_config,
     environment_is_silent,
     find_url,
+    near,
 )
 from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, EmbeddedServerError
@@ -154,9 +157,13 @@ async def open_stores(
     Raises:
         ConfigError: the configuration cannot be used.
         MigrationRequired: (Parlant's) the data is an older version's, and `migrate` under `[stores]` is off.
+        ServerOutdated: (Parlant's) the data is a newer version's.
         PBCachedError: PocketBase cannot be used.
     """
     settings = checked_config(config) if isinstance(config, Config) else Config.load(config)
+    _refuse_unknown_collections(
+        settings, "Config" if isinstance(config, Config) else str(config or os.environ.get(CONFIG_VARIABLE))
+    )
     log = log_through(logger, settings.logging)
     async with AsyncExitStack() as stack:
         if find_url(settings, connection_params) is None and connection_params is None and environment_is_silent():
@@ -201,6 +208,19 @@ async def open_stores(
                     "brought up to date. Servers with the older Parlant cannot open it afterwards"
                 ) from error
         yield Stores(sessions, customers, variables, databases, stack)
+
+
+def _refuse_unknown_collections(settings: Config, source: str) -> None:
+    """Settings for collections that none of the stores has, and would so have no effect."""
+    named_by = [("cache.warm", name) for name in settings.cache.warm]
+    named_by += [(f"collections.{name}", name) for name in settings.collections]
+    known = tuple(PARLANT)
+    for key, name in named_by:
+        if name not in known:
+            raise ConfigError(
+                f"{source}: {key}: none of Parlant's three stores has a collection '{name}'{near(name, known)}; "
+                f"expected some of {', '.join(known)}"
+            )
 
 
 def _refuse_credentials_without_url(settings: PocketBaseSettings) -> None:
