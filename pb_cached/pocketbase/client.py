@@ -142,7 +142,7 @@ class PocketBaseClient:
         self._sender = _reading_first(http)
         self._credentials = address.credentials
         self._settings = settings
-        self._log = log
+        self.log = log
         self._token = address.credentials.token
         self._signing_in: asyncio.Task[Secret] | None = None
         self._outage = Outage(address.url, log)
@@ -313,7 +313,7 @@ class PocketBaseClient:
             self._token = Secret(msgspec.json.decode(answer.content, type=_SignedIn).token)
         except msgspec.DecodeError as error:
             raise _foreign(answer, what) from error
-        self._log.debug("signed in", url=self.url)
+        self.log.debug("signed in", url=self.url)
         return self._token
 
     async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
