@@ -373,7 +373,7 @@ class Outage:
 
     def met(self, error: httpx.RequestError) -> str:
         """An attempt has failed so. Returns the reason in words."""
-        reason = _reason(error)
+        reason = reason_of(error)
         # An idle connection may be closed at any time: only the next attempt tells. A pool is our own affair.
         if not isinstance(error, httpx.PoolTimeout):
             self.goes_on(reason, certain=not isinstance(error, _CUT))
@@ -403,7 +403,7 @@ class Outage:
         self.reason, self._told = "", 0
 
 
-def _reason(error: httpx.RequestError) -> str:
+def reason_of(error: httpx.RequestError) -> str:
     """Why there was no answer. What the operating system said stands behind what two libraries made of it."""
     name = type(error).__name__
     if isinstance(error, httpx.TimeoutException):

@@ -19,7 +19,7 @@ _UNCHANGED_SINCE = "0.8.0"
 """Parlant 3.3 brings events up to this version and knows no way on to its own 0.9.0, though nothing about events
 changed between them. Every event of an older Parlant would be refused."""
 
-_OFFSETS: Final = CollectionIndex(
+OFFSETS: Final = CollectionIndex(
     fields=(("session_id", SortDirection.ASC), ("offset", SortDirection.ASC)), unique=True
 )
 _of_session = held("session_id")
@@ -44,7 +44,7 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
     async def __aenter__(self) -> Self:
         async with versions_told(self, self._database):
             await super().__aenter__()
-        await self._event_collection.ensure_indexes([_OFFSETS])
+        await self._event_collection.ensure_indexes([OFFSETS])
         return self
 
     @override

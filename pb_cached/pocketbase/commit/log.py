@@ -206,8 +206,8 @@ class LogPath:
         if len(by_layout) > 1 and not self.mixes:
             raise Unexplained(
                 RequestRejected(
-                    "commit: what concerns several collections takes PocketBase's batch API, which is off; nothing "
-                    "was written. Switch it on in its dashboard, and open the database again",
+                    "commit: what concerns several collections takes PocketBase's batch API, which is off; "
+                    "nothing was written. Switch it on in its dashboard, and open the database again",
                     status=403,
                 )
             )
