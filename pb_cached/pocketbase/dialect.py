@@ -109,8 +109,9 @@ async def _batch(client: PocketBaseClient, wanted: int, manage: bool, log: Log) 
         return limits
     log.warning(
         "the batch API is off, or takes one request at a time, and we may not change that: where there is no log "
-        "path either, each write is a request of its own",
+        "path either, each write is a request of its own. Its place in the dashboard: Settings, Application",
         url=client.url,
+        requests_wanted=wanted,
         reason=reason,
     )
     return None
