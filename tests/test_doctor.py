@@ -482,7 +482,7 @@ async def test_duplicates_that_stand_against_unique_indexes_are_listed(
         pass
     refused = [record.getMessage() for record in caplog.records if "index refused" in record.getMessage()]
     assert len(refused) == 2
-    assert all("duplicates=`pb-cached doctor` lists them" in message for message in refused)
+    assert all("advice=`pb-cached doctor` lists what stands against" in message for message in refused)
 
     # as it is told to be done
     for number in (3, 5, 6):

@@ -486,7 +486,7 @@ class SchemaEditor:
         reason = str(await self._client.rejection(answer, "create index")) if answer else "no answer"
         facts = {"index": index.name(spec.name), "reason": reason}
         if index.unique:
-            facts["duplicates"] = "`pb-cached doctor` lists them"
+            facts["advice"] = "`pb-cached doctor` lists what stands against those of Parlant's stores"
         self._log.warning("index refused; going on without it", **facts)
 
     @asynccontextmanager

@@ -45,7 +45,7 @@ from pb_cached.telemetry import Log
 COUNTED: Final = 100_000
 """Nobody counts further."""
 SEARCHED: Final = 2_000_000
-"""Records among which duplicates are looked for by SQL: along an index, about a second."""
+"""Records among which duplicates are looked for by SQL: along an index, one or two seconds."""
 SEARCHED_BY_PAGE: Final = 20_000
 """The same where there is no SQL for us."""
 LISTED: Final = 20
