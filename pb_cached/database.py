@@ -8,7 +8,7 @@ by filter, the compiled predicate decides.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from types import TracebackType
@@ -32,7 +32,7 @@ from parlant.core.persistence.document_database import (
 
 from pb_cached.cache.collection import CollectionCache, Rule
 from pb_cached.cache.predicate import compile_where
-from pb_cached.cache.rules import indexed_fields, rule_for
+from pb_cached.cache.rules import PARLANT, indexed_fields, rule_for
 from pb_cached.cache.stats import CollectionStats
 from pb_cached.cache.watches import Wake
 from pb_cached.coherence import FollowedCollection
@@ -49,6 +49,7 @@ from pb_cached.errors import (
     RequestRejected,
     SchemaError,
     StaleRevision,
+    named,
 )
 from pb_cached.exact import Json, loads
 from pb_cached.migrations import Failures, Migration
@@ -58,7 +59,7 @@ from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
 from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads, WatchedCommits
-from pb_cached.reading.order import after, position
+from pb_cached.reading.order import position
 from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
 from pb_cached.writes import Committer, Overtaken, RecordChanges, State, log_of, shared_log, summary
@@ -108,6 +109,8 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             )
         self._config = checked_config(config) if config is not None else Config.load()
         self._address = find_address(self._config, connection_params)
+        if not isinstance(collection_prefix, str | None):
+            raise ConfigError(f"collection_prefix: expected a string, not {type(collection_prefix).__name__}")
         self._prefix = collection_prefix or DEFAULT_PREFIX
         self._http = http_client
         self._log = log_through(logger, self._config.logging)
@@ -157,6 +160,8 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             collection.close()
         self._collections.clear()
         connection, self._connection = self._connection, None
+        if connection and connection.users() == 1:
+            self._warn_of_settings_without_effect(connection.opened)
         try:
             # The last one closes the committers themselves, which drains them and accounts for what is left.
             if connection and connection.users() > 1:
@@ -167,6 +172,16 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 await self._exit_stack.aclose()
             finally:
                 self._entered = False
+
+    def _warn_of_settings_without_effect(self, opened: Collection[str]) -> None:
+        """Those for collections that no database of the connection has opened. Any name may still come while it is
+        open, and Parlant's may belong to a store that this process does not have."""
+        for key, names in (("cache.warm", self._config.cache.warm), ("collections", self._config.collections)):
+            unknown = [name for name in names if name not in opened and name not in PARLANT]
+            if unknown:
+                self._log.warning(
+                    "settings had no effect: no such collection was opened", key=key, collections=named(unknown)
+                )
 
     async def _drain(self) -> None:
         timeout = self._config.writes.close_timeout
@@ -342,6 +357,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 self._log,
             ).run()
         self._collections[name] = collection
+        connection.opened.add(name)
         if name in self._config.cache.warm:
             collection.warm_in_background()
         return collection
@@ -349,14 +365,9 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
     def _caching(self, rule: Rule, log: str, committer: Committer) -> Caching:
         """How a collection is cached, if it is. From now on its log is followed, if it must be."""
         connection = self._opened()
-        if not self._config.caches or self._config.coherence.mode != "realtime":
+        if not self._config.caches or self._config.mode != "realtime":
             return Caching(rule, self._config.caches)
         if not connection.can_follow(committer):
-            self._log.warning(
-                'every read goes to PocketBase: mode "realtime" follows the log path, and commits go by another',
-                log=log,
-                path=committer.path.name,
-            )
             return Caching(rule, False)
         home = shared_log(self._prefix)
         connection.follow_log(self._committers[home], home, home)
@@ -492,15 +503,14 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             `total_count` counts all matches after the cursor, also those beyond the limit.
 
         Raises:
-            InvalidFilter: an unknown operator or a malformed filter.
+            InvalidFilter: an unknown operator, a malformed filter, or a limit, cursor or direction that is none.
         """
         self._require_open()
         _require_filter(filters)
-        if limit is not None and limit < 0:
-            raise InvalidFilter(f"limit must not be negative, got {limit}")
+        _require_page(limit, cursor, sort_direction)
         descending = sort_direction == SortDirection.DESC
-        where = after(filters, cursor, descending)
-        found = await self._read(self._reads.find, where, limit, descending)
+        at = (str(cursor.creation_utc), str(cursor.id)) if cursor is not None else None
+        found = await self._read(self._reads.find, filters, limit, descending, at)
         has_more = found.total > len(found.documents)
         last = found.documents[-1] if has_more and found.documents else None
         return FindResult(
@@ -520,6 +530,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """
         self._require_open()
         _require_filter(filters)
+        _require_sort(sort)
         if sort:
             return cast(TDocument | None, await self._read(self._reads.first_sorted, filters, sort))
         match = await self._read(self._reads.first, filters)
@@ -729,6 +740,35 @@ def _state(match: Match) -> State:
 def _require_filter(filters: object) -> None:
     if not isinstance(filters, Mapping):
         raise InvalidFilter(f"a filter must be a mapping such as {{'id': {{'$eq': ...}}}}, not {filters!r:.60}")
+
+
+def _require_page(limit: object, cursor: object, direction: object) -> None:
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+        raise InvalidFilter(f"limit must be a whole number or None, not {limit!r:.60}")
+    if limit is not None and limit < 0:
+        raise InvalidFilter(f"limit must not be negative, got {limit}")
+    if cursor is not None and not isinstance(cursor, Cursor):
+        raise InvalidFilter(
+            f"cursor must be a Cursor, such as the next_cursor of the page before, or None, not {cursor!r:.60}"
+        )
+    if direction is not None:
+        _require_direction(direction, "sort_direction")
+
+
+def _require_sort(sort: object) -> None:
+    if sort is None:
+        return
+    if isinstance(sort, str) or not isinstance(sort, Sequence):
+        raise InvalidFilter(f"sort must be a sequence of (field, SortDirection), not {sort!r:.60}")
+    for part in sort:
+        if not (isinstance(part, Sequence) and len(part) == 2 and isinstance(part[0], str)):
+            raise InvalidFilter(f"sort must be a sequence of (field, SortDirection), and holds {part!r:.60}")
+        _require_direction(part[1], f"the direction of '{part[0]}'")
+
+
+def _require_direction(direction: object, what: str) -> None:
+    if not isinstance(direction, SortDirection):
+        raise InvalidFilter(f"{what} must be SortDirection.ASC or SortDirection.DESC, not {direction!r:.60}")
 
 
 def _require_document(document: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import signal
@@ -488,14 +489,54 @@ async def test_a_commit_of_more_requests_than_pocketbase_allows_is_halved(
     assert list(await records.notes()) == list(map(str, range(20)))
 
 
-@batch_only
-async def test_a_batch_api_that_was_switched_off_is_said_to_be(
-    notes: DocumentCollection[Note], records: Records
+async def test_a_batch_api_that_was_switched_off_is_switched_on_again(
+    make_database: DatabaseMaker, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with batch_settings(records, enabled=False):
-        with pytest.raises(RequestRejected, match="Batch requests are not allowed"):
-            await notes.insert_one(note("a"))
-    await notes.insert_one(note("b"))
+    async with make_database(config=writes(), logger=logging.getLogger("test")) as database:
+        notes = await open_notes(database)
+        others = await database.get_or_create_collection("others", Note, identity_loader_for(Note))
+        async with batch_settings(records, enabled=False):
+            await asyncio.gather(*(each.insert_one(note("a")) for each in (notes, others)))
+            assert (await records.http.get("/api/settings")).json()["batch"]["enabled"]
+    assert await records.notes() == {"a": 1}
+    assert [record["doc_id"] for record in await records.of("others")] == ["a"]
+    assert caplog.text.count("the batch API was switched off; it is on again") == 1
+
+
+@batch_only
+async def test_where_we_may_not_switch_the_batch_api_on_again_the_error_says_what_to_do(
+    make_database: DatabaseMaker, records: Records
+) -> None:
+    settings = PocketBaseSettings(commit="batch", manage_settings=False)
+    async with (
+        batch_settings(records, enabled=True),
+        make_database(config=Config(pocketbase=settings)) as database,
+    ):
+        notes = await open_notes(database)
+        async with batch_settings(records, enabled=False):
+            with pytest.raises(RequestRejected, match=r"manage_settings is false\); nothing was written\. Switch"):
+                await notes.insert_one(note("a"))
+        await notes.insert_one(note("b"))
+        assert await records.notes() == {"b": 1}
+
+
+@pytest.mark.parametrize("way", ["log"], indirect=True)
+async def test_the_log_path_goes_on_without_the_batch_api(make_database: DatabaseMaker, records: Records) -> None:
+    settings = PocketBaseSettings(commit="log", manage_settings=False)
+    async with (
+        batch_settings(records, enabled=True),
+        make_database(config=Config(pocketbase=settings)) as database,
+    ):
+        notes = await open_notes(database)
+        others = await database.get_or_create_collection("others", Note, identity_loader_for(Note))
+        async with batch_settings(records, enabled=False):
+            for round_ in range(2):
+                await asyncio.gather(
+                    *(each.insert_one(note(f"{n}{round_}")) for n in range(5) for each in (notes, others))
+                )
+    expected = [f"{n}{round_}" for round_ in range(2) for n in range(5)]
+    assert sorted(await records.notes()) == sorted(expected)
+    assert sorted(record["doc_id"] for record in await records.of("others")) == sorted(expected)
 
 
 @asynccontextmanager
@@ -590,7 +631,7 @@ async def test_trimming_removes_what_is_old_and_nothing_else(
     assert connection.dialect.batch is not None
     limits = msgspec.structs.replace(connection.dialect.batch, max_requests=6)
     dialect = msgspec.structs.replace(connection.dialect, sql=sql, batch=limits)
-    path = BatchPath(connection.client, dialect, connection.schema, log_collection(prefix), "server")
+    path = BatchPath(connection.client, dialect, connection.schema, log_collection(f"{prefix}_log"), "server")
     for id_ in (*old, *new):
         await records.http.post(f"/api/collections/{prefix}_log/records", json={"id": id_, "n": 1, "guard": id_})
     await path.trim(now - 3_600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, TypedDict, cast
 
@@ -337,6 +338,37 @@ async def test_a_limit_of_nothing_counts(items: Items, inserted: int, has_more: 
 async def test_a_negative_limit_is_an_error(items: Items) -> None:
     with pytest.raises(InvalidFilter, match="-1"):
         await items.find({}, limit=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"limit": "3"}, "limit must be a whole number or None, not '3'"),
+        ({"limit": True}, "limit must be a whole number or None, not True"),
+        ({"limit": 2.0}, "limit must be a whole number or None, not 2.0"),
+        ({"cursor": "i00001"}, "cursor must be a Cursor, such as the next_cursor of the page before, or None"),
+        ({"cursor": ("2026-01-01", "i00001")}, "cursor must be a Cursor"),
+        ({"sort_direction": "DESC"}, "sort_direction must be SortDirection.ASC or SortDirection.DESC, not 'DESC'"),
+    ],
+)
+async def test_arguments_that_make_no_page_are_an_error_that_says_what_would(
+    items: Items, arguments: dict[str, Any], complaint: str
+) -> None:
+    await fill(items, 1)
+    with pytest.raises(InvalidFilter, match=re.escape(complaint)):
+        await items.find({}, **arguments)
+
+
+@pytest.mark.parametrize("sort", ["rank", 1, ["rank"], [("rank",)], [("rank", "ASC")], [(1, ASC)], {"rank": ASC}])
+async def test_what_is_no_order_is_an_error(items: Items, sort: Any) -> None:
+    await fill(items, 1)
+    with pytest.raises(InvalidFilter, match="SortDirection"):
+        await items.find_one({}, sort)
+
+
+def test_a_prefix_that_is_no_text_is_an_error(make_database: DatabaseMaker) -> None:
+    with pytest.raises(ConfigError, match="collection_prefix: expected a string, not int"):
+        make_database(collection_prefix=5)
 
 
 async def test_more_documents_than_pocketbase_pages_hold_are_all_found(items: Items) -> None:

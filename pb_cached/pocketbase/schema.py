@@ -332,6 +332,17 @@ def _index_names(collection: _Collection) -> set[str]:
     return {_index_name(sql) for sql in collection.indexes}
 
 
+def owner_of(indexes: Sequence[str]) -> str | None:
+    """Whose collection it is, by the SQL of its indexes: see `CollectionSpec.owner`. None: not one of ours."""
+    marks = [name for name in map(_index_name, indexes) if name.startswith(_MARK)]
+    return marks[0].removeprefix(_MARK).partition("__")[0] if marks else None
+
+
+def has_index(indexes: Sequence[str], index: IndexSpec, collection: str) -> bool:
+    """Is there just this index?"""
+    return index.name(collection) in map(_index_name, indexes)
+
+
 def _missing_indexes(found: _Collection, spec: CollectionSpec) -> list[str]:
     present = _index_names(found)
     wanted = [index.sql(spec.name) for index in spec.indexes if not index.is_among(present, spec.name)]
@@ -474,7 +485,10 @@ class SchemaEditor:
             if answer.status == 400 and b"indexes" in answer.content:
                 break
         reason = str(await self._client.rejection(answer, "create index")) if answer else "no answer"
-        self._log.warning("index refused; going on without it", index=index.name(spec.name), reason=reason)
+        facts = {"index": index.name(spec.name), "reason": reason}
+        if index.unique:
+            facts["advice"] = "`pb-cached doctor` lists what stands against those of Parlant's stores"
+        self._log.warning("index refused; going on without it", **facts)
 
     @asynccontextmanager
     async def turn(self, log: str | None, what: str) -> AsyncIterator[None]:
@@ -524,11 +538,9 @@ class SchemaEditor:
         return msgspec.json.decode(answer.content, type=_Collection)
 
     def _refuse_foreign(self, found: _Collection, spec: CollectionSpec) -> None:
-        marks = [name for name in _index_names(found) if name.startswith(_MARK)]
-        if spec.mark in marks:  # ours, even where somebody took a column away
+        if spec.mark in _index_names(found):  # ours, even where somebody took a column away
             return
-        if marks:
-            owner = marks[0].removeprefix(_MARK).partition("__")[0]
+        if (owner := owner_of(found.indexes)) is not None:
             raise ForeignCollection(
                 f"the PocketBase collection '{found.name}' is {_owned(found.name, owner)}, and not "
                 f"{_owned(spec.name, spec.owner)}; choose another prefix or name"

@@ -25,7 +25,7 @@ from pb_cached.pocketbase.commit import Operation, Reply
 from pb_cached.pocketbase.schema import Kind
 from pb_cached.reading.direct import DirectReads, Document, Found, Match
 from pb_cached.reading.loads import Loader
-from pb_cached.reading.order import first_of, position
+from pb_cached.reading.order import Position, first_of, is_beyond, position
 
 ROUNDS: Final = 5
 """How often partitions are refreshed for one reader before the reader goes to PocketBase."""
@@ -87,11 +87,15 @@ class CachedReads:
 
     # answers
 
-    async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
+    async def find(
+        self, where: Mapping[str, Any], limit: int | None, descending: bool, at: Position | None
+    ) -> Found:
         hit = candidates = self._at_hand(where)
         if candidates is None and (candidates := await self._fetched(where)) is None:
-            return await self._through(self._direct.find(where, limit, descending))
+            return await self._through(self._direct.find(where, limit, descending, at))
         found = candidates.documents()
+        if at is not None:
+            found = list(filter(is_beyond(at, descending), found))
         if not candidates.ordered:
             found.sort(key=position, reverse=descending)
         elif descending:

@@ -20,12 +20,13 @@ from pb_cached.errors import PBCachedError, UniqueViolation
 from pb_cached.pocketbase.codec import snapshot
 from pb_cached.pocketbase.commit import Operation
 from pb_cached.stores.held import HoldsItsWrites, attempts, held
+from pb_cached.stores.versions import versions_told
 
 _UNCHANGED_SINCE = "0.8.0"
 """Parlant 3.3 brings events up to this version and knows no way on to its own 0.9.0, though nothing about events
 changed between them. Every event of an older Parlant would be refused."""
 
-_OFFSETS: Final = CollectionIndex(
+OFFSETS: Final = CollectionIndex(
     fields=(("session_id", SortDirection.ASC), ("offset", SortDirection.ASC)), unique=True
 )
 _of_session = held("session_id")
@@ -99,8 +100,9 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
 
     @override
     async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        await self._events.ensure_indexes([_OFFSETS])
+        async with versions_told(self, self._database):
+            await super().__aenter__()
+        await self._events.ensure_indexes([OFFSETS])
         return self
 
     @property

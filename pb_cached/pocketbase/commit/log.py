@@ -50,7 +50,7 @@ from pb_cached.pocketbase.commit.interface import (
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.commit.triggers import CommitLayout
 from pb_cached.pocketbase.commit.uniques import violations
-from pb_cached.pocketbase.dialect import Dialect
+from pb_cached.pocketbase.dialect import Dialect, batch_switched_on_again, is_batch_off
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.sql import Sql
 
@@ -85,7 +85,7 @@ _results: Final = msgspec.json.Decoder(list[_Result])
 class LogPath:
     """One commit at a time.
 
-    Mutable state: `_layouts`, by their keys.
+    Mutable state: `_layouts`, by their keys; `_batches`, whether the batch API is open to us.
     """
 
     name: Final = "log"
@@ -102,10 +102,11 @@ class LogPath:
         self._receipts = Receipts(client, log, server)
         self._installation = installation
         self._layouts: dict[str, CommitLayout] = {}
+        self._batches = dialect.batch is not None
 
     @property
     def mixes(self) -> bool:
-        return self._dialect.batch is not None
+        return self._batches
 
     @property
     def last(self) -> int:
@@ -190,6 +191,11 @@ class LogPath:
                 raise self._receipts.unknown(last, len(operations)) from error
         if answer.status == 413:
             raise TooLarge
+        if len(entries) > 1 and is_batch_off(answer) and time.monotonic() < end:
+            if (refusal := await batch_switched_on_again(self._client, self._dialect)) is not None:
+                self._batches = False
+                raise Unexplained(refusal)  # the operations of one layout can do without it
+            return await self._attempt(operations, end)
         return answer
 
     def _entries(self, receipt: str, operations: Sequence[Operation]) -> list[bytes]:
@@ -198,8 +204,12 @@ class LogPath:
         for operation in operations:
             by_layout.setdefault(operation.layout, []).append(operation)
         if len(by_layout) > 1 and not self.mixes:
-            raise SchemaError(
-                "what concerns several collections is committed by PocketBase's batch API, which is switched off"
+            raise Unexplained(
+                RequestRejected(
+                    "commit: what concerns several collections takes PocketBase's batch API, which is off; "
+                    "nothing was written. Switch it on in its dashboard, and open the database again",
+                    status=403,
+                )
             )
         return [
             self._receipts.entry(

@@ -235,6 +235,32 @@ def _strays(
             yield trigger
 
 
+def faults(log: str, found: Found) -> list[str]:
+    """What is not as it must be about the triggers of a log, whatever the layouts that commits go by. Empty where
+    all is."""
+    lost = orphans(found)
+    said = ["those of deleted collections are still there"] if lost else []
+    if len(repairs(log, (), found)) > len(lost):
+        said.append("the log's own are not as they were made")
+    for trigger in found.triggers.values():
+        collection = applies_to(trigger)
+        if trigger.table != log or collection not in found.tables:
+            continue
+        key = trigger.name.removeprefix(NAMES)
+        head = f"BEFORE INSERT ON `{log}` WHEN NEW.layout='{key}' BEGIN\n"
+        if _digest(trigger.rest.removeprefix(head).removesuffix("END")) != key:
+            said.append(f"one that applies commits to '{collection}' was changed")
+        if any(each.sql != getattr(found.triggers.get(each.name), "sql", "") for each in watch(log, collection)):
+            said.append(f"those that look after '{collection}' are not as they were made")
+    return list(dict.fromkeys(said))
+
+
+def applied(log: str, found: Found) -> frozenset[str]:
+    """The collections that the commits of a log are applied to."""
+    of_log = (trigger for trigger in found.triggers.values() if trigger.table == log)
+    return frozenset(filter(None, map(applies_to, of_log)))
+
+
 def passed(log: str) -> str:
     """The statement after which no record bars the log."""
     return f"UPDATE `{log}` SET guard=id WHERE guard=''"
