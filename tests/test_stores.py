@@ -43,7 +43,7 @@ from parlant.core.tools import ToolId
 
 from pb_cached import Config, PocketBaseServer, open_stores
 from pb_cached.cache.rules import PARLANT
-from pb_cached.config import CoherenceSettings, StoreSettings
+from pb_cached.config import CoherenceSettings, PocketBaseSettings, StoreSettings
 from pb_cached.errors import PBCachedError
 from pb_cached.stores import Stores
 from tests.conftest import EXCLUSIVE, DatabaseMaker
