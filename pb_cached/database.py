@@ -446,6 +446,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 connection.client, connection.dialect, codec, seen=lambda rows: reads.glimpsed(rows)
             )
         loader = Loader(cache, codec, self.reader, self.filters, ready, self._log)
+        if log is not None and connection.follower is not None:
+            connection.follower.audit.add(loader)
         settled = partial(self._committer.settled, self._spec.name)
         reads = CachedReads(cache, loader, self._direct(reader), codec, settled, may_answer)
         self._committer.follow(self._spec.name, reads)

@@ -26,6 +26,7 @@ import msgspec
 from msgspec import Struct
 
 from pb_cached.coherence import entries
+from pb_cached.coherence.audit import Audit
 from pb_cached.coherence.changes import FollowedCollection
 from pb_cached.coherence.entries import BEAT, Entry, Gap
 from pb_cached.coherence.feed import PATIENCE, Feed, now
@@ -89,6 +90,7 @@ class Follower:
         self._pocketbase = Logs(client, server)
         self._stream = RealtimeStream(client, self, log)
         self._counters = CoherenceCounters()
+        self.audit = Audit(settings.audit_interval, self._is_current, self._counters, log)
         self._logs: dict[str, _Log] = {}
         self._collections: dict[str, list[_Followed]] = {}
         self._homes: dict[str, str] = {}
@@ -145,6 +147,9 @@ class Follower:
             self._waiting.append(waiting)
             await waiting
 
+    def _is_current(self) -> bool:
+        return all(now() < log.feed.good_until for log in self._logs.values())
+
     def stats(self) -> CoherenceStats:
         """How well it goes."""
         good = [log.feed.good_until - self._settings.max_staleness for log in self._logs.values()]
@@ -164,8 +169,10 @@ class Follower:
 
     async def start(self) -> None:
         await self._stream.__aenter__()
-        for work in (self._keep_up(), self._keep_beating()):
-            self._tasks.append(asyncio.create_task(work))
+        works = [self._keep_up(), self._keep_beating()]
+        if self._settings.audit_interval:
+            works.append(self.audit.run())
+        self._tasks += map(asyncio.create_task, works)
 
     async def aclose(self) -> None:
         """Follow nothing any more."""
