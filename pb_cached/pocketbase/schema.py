@@ -169,8 +169,8 @@ class CollectionSpec(Struct, frozen=True):
 
 
 DOCUMENT_SYSTEM: Final = (("doc_id", "text"), ("extra", "text"), ("rev", "number"), ("updated", "autodate"))
-LOG_SYSTEM: Final = (("server", "text"), ("n", "number"), ("created", "autodate"))
-BARRED_LOG_SYSTEM: Final = (*LOG_SYSTEM, ("layout", "text"), ("payload", "text"), ("guard", "text"))
+LOG_SYSTEM: Final = (("server", "text"), ("n", "number"), ("created", "autodate"), ("payload", "text"))
+BARRED_LOG_SYSTEM: Final = (*LOG_SYSTEM, ("layout", "text"), ("guard", "text"))
 TRIGGERED_LOG_SYSTEM: Final = (*BARRED_LOG_SYSTEM, ("stale", "text"))
 """What the columns are for that a log has for triggers: see `commit.triggers`."""
 
@@ -202,13 +202,15 @@ def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]])
 
 def log_collection(name: str) -> CollectionSpec:
     """A log: one record per commit, whose id is the receipt."""
-    return CollectionSpec(_checked_name(name), (), (), LOG_SYSTEM, owner=_LOG)
+    by_time = IndexSpec((("created", False),))  # by which it is read back after a gap
+    return CollectionSpec(_checked_name(name), (), (by_time,), LOG_SYSTEM, owner=_LOG)
 
 
 def triggered_log_collection(name: str) -> tuple[CollectionSpec, CollectionSpec]:
     """The same for the log path: as it is until its triggers are there, and as it is then."""
     bar = IndexSpec((("guard", False),), unique=True, where="guard = ''")
-    barred = msgspec.structs.replace(log_collection(name), indexes=(bar,), system=BARRED_LOG_SYSTEM)
+    log = log_collection(name)
+    barred = msgspec.structs.replace(log, indexes=(*log.indexes, bar), system=BARRED_LOG_SYSTEM)
     return barred, msgspec.structs.replace(barred, system=TRIGGERED_LOG_SYSTEM)
 
 

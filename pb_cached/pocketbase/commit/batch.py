@@ -92,12 +92,21 @@ class BatchPath:
         """See to it that the log is there."""
         await self._schema.ensure(self._spec)
 
+    @property
+    def last(self) -> int:
+        """The number of our last commit."""
+        return self._receipts.last
+
     async def leave(self, collection: str) -> None:
         """Nothing is bound to it."""
 
     async def commit(self, operations: Sequence[Operation], *, deadline: float) -> list[Reply]:
         receipt, n = new_id(), self._receipts.next
-        content = {"guard": receipt}  # an empty one would be a commit of the log path
+        touched: dict[str, list[str]] = {}
+        for operation in operations:
+            touched.setdefault(operation.collection, []).append(operation.record_id)
+        # An empty guard would be a commit of the log path.
+        content = {"guard": receipt, "payload": msgspec.json.encode({"touched": touched}).decode()}
         entry = Operation("POST", self._log, receipt, self._receipts.entry(receipt, n, content))
         body = b'{"requests":[' + b",".join(map(_request, (entry, *operations))) + b"]}"
         end = time.monotonic() + deadline
