@@ -399,6 +399,38 @@ async def test_a_token_that_dies_between_two_attempts_leaves_the_outcome_unknown
     assert await records.notes() == {"a": 1}
 
 
+async def test_updates_that_share_a_record_share_an_unknown_outcome(
+    through: Through, proxy: FaultProxy, records: Records, prefix: str
+) -> None:
+    """They were not refused, so none of them is to blame, and none is tried again by itself: it may be there."""
+    async with through(deadline=1.0) as database:
+        notes = await open_notes(database)
+        await notes.insert_one(note("a"))
+        gate = Gate()
+        proxy.plan("POST", COMMIT, gate)
+        proxy.plan("POST", COMMIT, cut_after, at=EVERY)
+        (first,) = await started(notes.update_one(by_id("a"), Note(extra_text="first")))
+        await gate.reached.wait()
+        reads = f"/api/collections/{prefix}_notes/records"
+        before = proxy.count("GET", reads)
+        conditional: Any = {**by_id("a"), "text": {"$eq": ""}}
+        others = await started(
+            notes.update_one(by_id("a"), Note(extra_text="new")),
+            notes.update_one(conditional, Note(text="second")),
+        )
+        while proxy.count("GET", reads) < before + 2:
+            await asyncio.wait(others, timeout=0.001)
+        await asyncio.gather(*(exchange.finished.wait() for exchange in proxy.matching("GET", reads)))
+        gate.open()
+        await first
+        for other in others:
+            with pytest.raises(OutcomeUnknown):
+                await other
+        proxy.forget_plans()
+        assert await records.notes() == {"a": 3}
+        assert await notes.find_one(by_id("a")) == {**note("a"), "text": "second", "extra_text": "new"}
+
+
 # a bad write fails alone
 
 
