@@ -92,6 +92,11 @@ class CommitLayout(Struct, frozen=True):
         return _digest(self._body)
 
     @property
+    def columns(self) -> frozenset[str]:
+        """All that the trigger names."""
+        return frozenset(["id", *(slot.column for slot in self.slots), "rev", "updated"])
+
+    @property
     def _body(self) -> str:
         c, log = self.collection, self.log
         names = ["id", *(slot.column for slot in self.slots), "rev", "updated"]
@@ -174,8 +179,8 @@ class Found(Struct, frozen=True):
 
     triggers: Mapping[str, Trigger]
     """By name."""
-    tables: frozenset[str]
-    """All tables, PocketBase's collections among them."""
+    tables: Mapping[str, frozenset[str]]
+    """The columns of all tables, PocketBase's collections among them."""
     logs: frozenset[str]
     """Those that the table of logs has."""
     barred: frozenset[str]
@@ -203,14 +208,16 @@ def departure(collection: str, found: Found) -> list[str]:
 def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str]:
     """The statements after which commits of these layouts can be made; none where all is as it must be.
 
-    Layouts of others stay, unless they are orphans.
+    Layouts of others stay, unless they are orphans. So does one of ours whose columns are not all there: where a
+    person has renamed one, SQLite has written the new name into the trigger, and it works. One with the old name
+    would stop every commit of the log, as each compiles all of its triggers.
     """
     statements = orphans(found)
-    if not {LOGS, EDITS} <= found.tables:
+    if not {LOGS, EDITS} <= found.tables.keys():
         statements += TABLES
     wanted = guards(log)
     for layout in layouts:
-        if layout.collection in found.tables:
+        if layout.columns <= found.tables.get(layout.collection, frozenset()):
             wanted += [layout.trigger, *watch(log, layout.collection)]
     for trigger in wanted:
         there = found.triggers.get(trigger.name)
