@@ -256,7 +256,28 @@ class Committer:
         return taken
 
     async def _commit(self, writes: list[_Write]) -> None:
-        """Decide every one of these writes. What PocketBase refuses fails alone, the rest is committed anew."""
+        """Decide every one of these writes.
+
+        Who violates a unique index may do so by another write of the same commit, which was not committed either,
+        and may never be. So the beaten are told when the others are decided, and where one of those has failed,
+        they are tried again.
+        """
+        while writes:
+            beaten = await self._decide(writes)
+            if all(write.outcome.exception() is None for write in writes if write not in beaten):
+                for write, (operation, error) in beaten.items():
+                    self._tell_refused(operation, error)
+                    write.fail(error)
+                self._counters.refused += len(beaten)
+                return
+            writes = list(beaten)
+
+    async def _decide(self, writes: list[_Write]) -> dict[_Write, tuple[Operation, UniqueViolation]]:
+        """Decide these writes, but for those that violate a unique index, and return those.
+
+        What PocketBase refuses fails alone, the rest is committed anew.
+        """
+        beaten: dict[_Write, tuple[Operation, UniqueViolation]] = {}
         while writes:
             operations = [operation for write in writes for operation in write.operations]
             begun = time.monotonic()
@@ -269,10 +290,14 @@ class Committer:
                 self._tell_committed(operations, replies)
             except Refused as refusal:
                 for index, error in refusal.errors.items():
+                    write = _owner(writes, index)
+                    if isinstance(error, UniqueViolation):
+                        beaten[write] = (operations[index], error)
+                        continue
                     self._tell_refused(operations[index], error)
-                    _owner(writes, index).fail(error)
-                left = [write for write in writes if not write.outcome.done()]
-                self._counters.refused += len(writes) - len(left)
+                    write.fail(error)
+                left = [write for write in writes if not write.outcome.done() and write not in beaten]
+                self._counters.refused += sum(write.outcome.done() for write in writes)
                 self._counters.attempts_more += bool(left)
                 writes = left
                 continue
@@ -304,7 +329,8 @@ class Committer:
                 remaining = iter(replies)
                 for write in writes:
                     write.succeed([next(remaining) for _ in write.operations])
-            return
+            break
+        return beaten
 
     def _tell_committed(self, operations: Sequence[Operation], replies: Sequence[Reply]) -> None:
         for operation, reply in zip(operations, replies, strict=True):
