@@ -1,8 +1,8 @@
 """Whether a PocketBase holds exactly what the logs of the log path say: each commit whole, and each once.
 
-It reads PocketBase itself, past all of our code, and asks nothing but this: every record was inserted by one commit,
-each of its revisions was left by one commit, and it is there, of the last revision, unless a commit deleted it. A
-half commit, one that was applied twice, and one that nobody logged all break that.
+It reads PocketBase itself, past all of our code, and asks nothing but this: every record was inserted by one
+commit, each of its revisions was left by one commit, and it is there, of the last revision, unless a commit
+deleted it. A half commit, one that was applied twice, and one that nobody logged all break that.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ async def require_whole_commits(http: httpx.AsyncClient, prefix: str) -> int:
 
 
 async def _collections(http: httpx.AsyncClient, prefix: str) -> list[str]:
-    params = {"perPage": _PAGE, "filter": f"name ~ '{prefix}_%'"}
+    params: dict[str, str | int] = {"perPage": _PAGE, "filter": f"name ~ '{prefix}_%'"}
     found = (await http.get("/api/collections", params=params)).raise_for_status().json()["items"]
     return [collection["name"] for collection in found]
 

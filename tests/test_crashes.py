@@ -61,10 +61,7 @@ async def test_a_server_that_is_killed_loses_nothing_acknowledged_and_leaves_not
     ):
         sessions = [await begin(stores) for _ in range(6)]
         survivor, *victims = await asyncio.gather(
-            *(
-                stack.enter_async_context(Appender.ready(pocketbase, prefix, *sessions))
-                for _ in range(1 + deaths)
-            )
+            *(stack.enter_async_context(Appender.ready(pocketbase, prefix, *sessions)) for _ in range(1 + deaths))
         )
         survivor.begin()
         for victim in victims:
@@ -139,8 +136,10 @@ class Callers:
         since = self.now
         async with self._more:
             await self._more.wait_for(
-                lambda: sum(begun >= since for begun, _, _ in self.acknowledged) >= begun_and_acknowledged
-                or any(task.done() for task in self._tasks)
+                lambda: (
+                    sum(begun >= since for begun, _, _ in self.acknowledged) >= begun_and_acknowledged
+                    or any(task.done() for task in self._tasks)
+                )
             )
 
     async def _append(self, session: SessionId, caller: int) -> None:
@@ -255,7 +254,7 @@ async def test_what_a_restored_backup_does_not_have_is_said_to_be_missing_and_co
         await require_whole_commits(backups.http, prefix)
 
 
-class Note(TypedDict):
+class Note(TypedDict, total=False):
     id: ObjectId
     creation_utc: str
     version: Version.String
