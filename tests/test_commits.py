@@ -386,6 +386,16 @@ async def test_a_commit_that_was_applied_is_never_reported_as_not_applied(
     assert await records.numbers() == [1, 2]
 
 
+async def test_a_commit_that_arrived_twice_is_not_taken_for_refused_when_its_receipt_cannot_be_read(
+    notes: DocumentCollection[Note], proxy: FaultProxy, records: Records, prefix: str
+) -> None:
+    proxy.plan("POST", COMMIT, twice)
+    proxy.plan("GET", f"/api/collections/{prefix}_log/records/", answer(500))
+    with pytest.raises(OutcomeUnknown):
+        await notes.insert_one(note("a"))
+    assert await records.notes() == {"a": 1}
+
+
 async def test_a_token_that_dies_between_two_attempts_leaves_the_outcome_unknown(
     notes: DocumentCollection[Note], proxy: FaultProxy, records: Records
 ) -> None:
