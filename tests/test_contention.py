@@ -218,7 +218,7 @@ async def test_three_processes_at_full_speed_lose_nothing_share_no_offset_and_no
         )
         for process in processes:
             process.begin()
-        await asyncio.gather(*(process.during(3.0) for process in processes))
+        await asyncio.gather(*(process.during(2.0) for process in processes))
         await asyncio.gather(*(process.end() for process in processes))
         written = [len(process.acknowledged) for process in processes]
         for session in (*shared, *itertools.chain.from_iterable(own)):

@@ -287,7 +287,7 @@ async def run(folder: Path, config: Config, seed: int, calls: int, deaths: int) 
 async def test_what_callers_are_told_is_true_whatever_becomes_of_their_requests(
     folder: Path, path: Literal["log", "batch"], mode: Literal["exclusive", "off"]
 ) -> None:
-    await run(folder, settings(path, mode), seed=1, calls=600, deaths=1)
+    await run(folder, settings(path, mode), seed=1, calls=500, deaths=1)
 
 
 @pytest.mark.slow
@@ -296,4 +296,4 @@ async def test_what_callers_are_told_is_true_whatever_becomes_of_their_requests(
 async def test_what_callers_are_told_is_true_all_day_long(
     folder: Path, path: Literal["log", "batch"], mode: Literal["exclusive", "off"], seed: int
 ) -> None:
-    await run(folder, settings(path, mode), seed, calls=1500, deaths=2)
+    await run(folder, settings(path, mode), seed, calls=1000, deaths=2)
