@@ -207,7 +207,7 @@ async def measure(rounds: int, seconds: float) -> dict[tuple[Work, int], Result]
             offsets = sorted(event.offset for event in await stores.session_store.list_events(session))
             assert offsets == list(range(len(offsets))), "no offset twice, none left out"
             found += len(offsets)
-        assert found == said, "nothing lost, nothing twice"
+        assert found == said, f"{found} of {said}: nothing lost, nothing twice"
     return results
 
 
