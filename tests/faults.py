@@ -152,6 +152,17 @@ async def twice(exchange: Exchange) -> None:
     await exchange.forward()
 
 
+def again_later(seconds: float) -> Fault:
+    """Everything happens, and then PocketBase gets the request once more. Nobody is told the second answer."""
+
+    async def fault(exchange: Exchange) -> None:
+        await exchange.forward()
+        await asyncio.sleep(seconds)
+        await exchange.ask_in_vain()
+
+    return fault
+
+
 async def lost_by_gateway(exchange: Exchange) -> None:
     """PocketBase does what it is asked to, but whoever stands before it says 502."""
     await exchange.ask_in_vain()

@@ -387,6 +387,16 @@ async def test_a_commit_that_was_applied_is_never_reported_as_not_applied(
     assert await records.numbers() == [1, 2]
 
 
+async def test_a_commit_that_arrived_twice_is_not_taken_for_refused_when_its_receipt_cannot_be_read(
+    notes: DocumentCollection[Note], proxy: FaultProxy, records: Records, prefix: str
+) -> None:
+    proxy.plan("POST", COMMIT, twice)
+    proxy.plan("GET", f"/api/collections/{prefix}_log/records/", answer(500))
+    with pytest.raises(OutcomeUnknown):
+        await notes.insert_one(note("a"))
+    assert await records.notes() == {"a": 1}
+
+
 async def test_a_token_that_dies_between_two_attempts_leaves_the_outcome_unknown(
     notes: DocumentCollection[Note], proxy: FaultProxy, records: Records
 ) -> None:
@@ -398,6 +408,38 @@ async def test_a_token_that_dies_between_two_attempts_leaves_the_outcome_unknown
     with pytest.raises(OutcomeUnknown):
         await notes.insert_one(note("a"))
     assert await records.notes() == {"a": 1}
+
+
+async def test_updates_that_share_a_record_share_an_unknown_outcome(
+    through: Through, proxy: FaultProxy, records: Records, prefix: str
+) -> None:
+    """They were not refused, so none of them is to blame, and none is tried again by itself: it may be there."""
+    async with through(deadline=1.0) as database:
+        notes = await open_notes(database)
+        await notes.insert_one(note("a"))
+        gate = Gate()
+        proxy.plan("POST", COMMIT, gate)
+        proxy.plan("POST", COMMIT, cut_after, at=EVERY)
+        (first,) = await started(notes.update_one(by_id("a"), Note(extra_text="first")))
+        await gate.reached.wait()
+        reads = f"/api/collections/{prefix}_notes/records"
+        before = proxy.count("GET", reads)
+        conditional: Any = {**by_id("a"), "text": {"$eq": ""}}
+        others = await started(
+            notes.update_one(by_id("a"), Note(extra_text="new")),
+            notes.update_one(conditional, Note(text="second")),
+        )
+        while proxy.count("GET", reads) < before + 2:
+            await asyncio.wait(others, timeout=0.001)
+        await asyncio.gather(*(exchange.finished.wait() for exchange in proxy.matching("GET", reads)))
+        gate.open()
+        await first
+        for other in others:
+            with pytest.raises(OutcomeUnknown):
+                await other
+        proxy.forget_plans()
+        assert await records.notes() == {"a": 3}
+        assert await notes.find_one(by_id("a")) == {**note("a"), "text": "second", "extra_text": "new"}
 
 
 # a bad write fails alone

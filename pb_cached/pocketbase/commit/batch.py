@@ -124,7 +124,7 @@ class BatchPath:
         index, inner = culprit(answer)
         if answer.status == 413 or (index is None and _LONG in answer.content):
             raise TooLarge
-        if answer.in_doubt or index == 0:
+        if answer.in_doubt or (index == 0 and inner.status == 400):  # else it was refused for who we are, or where
             try:
                 if await self._receipts.settled(receipt, answer.in_doubt, end):
                     self._receipts.take(n)

@@ -89,6 +89,13 @@ class Installation:
         if self._sql is not None:
             await self._sql.run(triggers.departure(collection, await look(self._sql, self._name)))
 
+    async def applies(self, layout: CommitLayout) -> bool:
+        """Is the layout's trigger there? Where nobody lets us look, it is taken to be."""
+        if self._sql is None:
+            return True
+        query = f"SELECT name FROM sqlite_master WHERE type='trigger' AND name='{layout.trigger.name}'"
+        return bool(await self._sql.select(query))
+
     async def repair(self) -> bool:
         """Make everything as it must be. Tells whether anything was not.
 
@@ -124,24 +131,25 @@ class Installation:
 async def look(sql: Sql, log: str) -> Found:
     """What of ours there is."""
     found: dict[str, Trigger] = {}
-    tables: set[str] = set()
+    tables: dict[str, frozenset[str]] = {}
     last = ""
     while True:
         rows = await sql.select(
-            "SELECT type, name, tbl_name, CASE type WHEN 'trigger' THEN sql END FROM sqlite_master WHERE "
+            "SELECT type, name, tbl_name, CASE type WHEN 'trigger' THEN sql "
+            "ELSE (SELECT group_concat(c.name) FROM pragma_table_info(m.name) c) END FROM sqlite_master m WHERE "
             f"(type='table' OR (type='trigger' AND name GLOB '{triggers.NAMES}*')) AND name>'{last}' "
             f"ORDER BY name LIMIT {_ROWS}"
         )
         for type_, name, table, text in rows:
             if type_ == "table":
-                tables.add(name)
+                tables[name] = frozenset(text.split(","))
             else:
                 found[name] = Trigger(name, table, text.removeprefix(f"CREATE TRIGGER {name} "))
         if len(rows) < _ROWS:
             break
         last = rows[-1][1]
     kept: list[list[str]] = []
-    if tables >= {triggers.LOGS, log}:
+    if tables.keys() >= {triggers.LOGS, log}:
         kept = await sql.select(
             f"SELECT 'log', log FROM {triggers.LOGS} WHERE log='{log}' "
             f"UNION ALL SELECT 'bar', id FROM `{log}` WHERE id='{triggers.BAR}' AND layout='' "
@@ -149,7 +157,7 @@ async def look(sql: Sql, log: str) -> Found:
         )
     return Found(
         triggers=found,
-        tables=frozenset(tables),
+        tables=tables,
         logs=frozenset(value for kind, value in kept if kind == "log"),
         barred=frozenset(log for kind, _ in kept if kind == "bar"),
     )

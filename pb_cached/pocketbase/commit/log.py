@@ -65,6 +65,14 @@ class _Created(Struct):
     stale: str | None = None
 
 
+class _Field(Struct):
+    name: str
+
+
+class _Fields(Struct):
+    fields: list[_Field] = []
+
+
 class _Row(Struct):
     id: str
     rev: int
@@ -79,6 +87,7 @@ class _Result(Struct):
 
 
 _created: Final = msgspec.json.Decoder(_Created)
+_fields: Final = msgspec.json.Decoder(_Fields)
 _results: Final = msgspec.json.Decoder(list[_Result])
 
 
@@ -238,15 +247,24 @@ class LogPath:
         return await violations(self._client, operations, self._layouts)
 
     async def _homeless(self, operations: Sequence[Operation]) -> dict[int, Refusal]:
-        """Those whose collection is not there any more."""
+        """Those whose collection is not there any more, or has lost its trigger, and columns that one needs."""
         blamed: dict[int, Refusal] = {}
-        gone: dict[str, bool] = {}
+        answers: dict[str, Answer] = {}
         for index, operation in enumerate(operations):
             collection = operation.collection
-            if collection not in gone:
-                gone[collection] = (await self._client.send("GET", f"/api/collections/{collection}")).status == 404
-            if gone[collection]:
+            if collection not in answers:
+                answers[collection] = await self._client.send("GET", f"/api/collections/{collection}")
+            answer = answers[collection]
+            if answer.status == 404:
                 blamed[index] = missing_collection(operation.what)
+            elif answer.ok:
+                layout = self._layouts[operation.layout]
+                lost = layout.columns - {field.name for field in _fields.decode(answer.content).fields}
+                if lost and not await self._installation.applies(layout):
+                    blamed[index] = SchemaError(
+                        f"{operation.what}: PocketBase's collection has lost columns ({', '.join(sorted(lost))}), "
+                        "and with them the trigger that commits go by. Open the database again to have them back"
+                    )
         return blamed
 
     async def _stale(self, operations: Sequence[Operation]) -> dict[int, Refusal]:

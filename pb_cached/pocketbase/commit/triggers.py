@@ -92,6 +92,11 @@ class CommitLayout(Struct, frozen=True):
         return _digest(self._body)
 
     @property
+    def columns(self) -> frozenset[str]:
+        """All that the trigger names."""
+        return frozenset(["id", *(slot.column for slot in self.slots), "rev", "updated"])
+
+    @property
     def _body(self) -> str:
         c, log = self.collection, self.log
         names = ["id", *(slot.column for slot in self.slots), "rev", "updated"]
@@ -165,8 +170,8 @@ class Found(Struct, frozen=True):
 
     triggers: Mapping[str, Trigger]
     """By name."""
-    tables: frozenset[str]
-    """All tables, PocketBase's collections among them."""
+    tables: Mapping[str, frozenset[str]]
+    """The columns of all tables, PocketBase's collections among them."""
     logs: frozenset[str]
     """Those that the table of logs has."""
     barred: frozenset[str]
@@ -195,16 +200,18 @@ def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str
     """The statements after which commits of these layouts can be made; none where all is as it must be.
 
     Layouts of others stay, unless they are orphans, or commit to the same collection by another log: the watch
-    would take each for a foreign hand to the other.
+    would take each for a foreign hand to the other. One of ours whose columns are not all there is left as it
+    is: where a person has renamed one, SQLite has written the new name into the trigger, and it works. One with
+    the old name would stop every commit of the log, as each compiles all of its triggers.
     """
     statements = orphans(found)
-    if not {LOGS, EDITS} <= found.tables:
+    if not {LOGS, EDITS} <= found.tables.keys():
         statements += TABLES
     wanted = [fence(log)]
     for layout in layouts:
-        if layout.collection in found.tables:
+        if layout.columns <= found.tables.get(layout.collection, frozenset()):
             wanted += [layout.trigger, *watch(log, layout.collection)]
-    statements += map(_drop, _strays(log, wanted, layouts, found))
+    statements += map(_drop, _strays(log, layouts, found))
     for trigger in wanted:
         there = found.triggers.get(trigger.name)
         if there is not None and there.sql != trigger.sql:
@@ -221,11 +228,10 @@ def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str
     return statements
 
 
-def _strays(
-    log: str, wanted: Sequence[Trigger], layouts: Sequence[CommitLayout], found: Found
-) -> Iterator[Trigger]:
+def _strays(log: str, layouts: Sequence[CommitLayout], found: Found) -> Iterator[Trigger]:
     collections = {layout.collection for layout in layouts}
-    names = {trigger.name for trigger in wanted}
+    watches = [trigger for collection in collections for trigger in watch(log, collection)]
+    names = {trigger.name for trigger in (fence(log), *watches)}
     for trigger in found.triggers.values():
         if collection := applies_to(trigger):
             is_stray = collection in collections and trigger.table != log
@@ -278,7 +284,7 @@ def trim(log: str, before_id: str, before: str) -> list[str]:
 def removal(log: str, found: Found) -> list[str]:
     """The statements that take our triggers away from a log. The data stays, and so does the bar: a server that is
     still at work would else write where nothing applies it."""
-    if not {LOGS, log} <= found.tables:
+    if not {LOGS, log} <= found.tables.keys():
         return []
     of_log = [trigger for trigger in found.triggers.values() if trigger.table == log]
     tables = {log, *map(applies_to, of_log)}
