@@ -147,6 +147,11 @@ class CachedReads:
         """This is what PocketBase has of a record that others have changed; None where they have deleted it."""
         self.cache.apply(State(record, DELETED) if row is None else self.loader.state(row))
 
+    def forget(self, where: Mapping[str, Any]) -> None:
+        """Most of these partitions' documents are about to go: each would cost as much as all that are left."""
+        for key in keys_of(where, self.cache) or ():
+            self.cache.forget(key)
+
     def gone(self, operation: Operation) -> None:
         """The operation's record does not exist any more."""
         self.cache.apply(State(operation.record_id, DELETED))
