@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Final, Self, cast
 
@@ -9,10 +12,25 @@ import semver
 from parlant.core.common import Version
 from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import BaseDocument, CollectionIndex
-from parlant.core.sessions import SessionDocumentStore
+from parlant.core.sessions import (
+    Event,
+    EventId,
+    EventKind,
+    EventUpdateParams,
+    SessionDocumentStore,
+    SessionId,
+    _EventDocument,
+)
 from typing_extensions import override
 
+from pb_cached.config import STREAMING_INTERVAL
+from pb_cached.database import PocketBaseDocumentCollection, PocketBaseDocumentDatabase
+from pb_cached.errors import NotCommitted, OutcomeUnknown, PBCachedError, named
+from pb_cached.exact import dumps, loads
+from pb_cached.pocketbase.codec import snapshot
+from pb_cached.stores.deletions import Deletions
 from pb_cached.stores.held import HoldsItsWrites, held
+from pb_cached.stores.streaming import HeldBack, Place, is_on_its_way
 
 _UNCHANGED_SINCE = "0.8.0"
 """Parlant 3.3 brings events up to this version and knows no way on to its own 0.9.0, though nothing about events
@@ -26,24 +44,162 @@ _of_session = held("session_id")
 
 class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
     """Sessions and their events. The writes of a session take turns, and among servers a unique index decides:
-    each event has an offset of its own, and none is left out. A cancelled caller's write is still finished."""
+    each event has an offset of its own, and none is left out. A cancelled caller's write is still finished.
+
+    Parlant writes a streamed message again with each chunk. Here that is done every so often, and at once when the
+    message is complete: an acknowledged chunk is in PocketBase `streaming_interval` later, or before the session's
+    next event. Readers of this store see it at once. If it cannot be written, that is logged and tried again until
+    it can; meanwhile the message's next chunk is written before it is acknowledged, so its writer is told.
+
+    Args:
+        streaming_interval: seconds; 0 writes each chunk before it is acknowledged.
+    """
+
+    def __init__(
+        self,
+        database: PocketBaseDocumentDatabase,
+        allow_migration: bool = False,
+        *,
+        streaming_interval: float = STREAMING_INTERVAL,
+    ) -> None:
+        super().__init__(database, allow_migration)
+        self._log = database.log
+        self._home = database
+        self._held_back = HeldBack(streaming_interval, self._begin_to_write)
+        self._events: PocketBaseDocumentCollection[_EventDocument]
+        self._deletions: Deletions
 
     create_session = held()(SessionDocumentStore.create_session)
-    delete_session = _of_session(SessionDocumentStore.delete_session)
     update_session = _of_session(SessionDocumentStore.update_session)
     set_metadata = _of_session(SessionDocumentStore.set_metadata)
     unset_metadata = _of_session(SessionDocumentStore.unset_metadata)
     upsert_labels = _of_session(SessionDocumentStore.upsert_labels)
     remove_labels = _of_session(SessionDocumentStore.remove_labels)
-    create_event = _of_session(SessionDocumentStore.create_event)
     delete_event = held()(SessionDocumentStore.delete_event)  # changes one field of its own
-    update_event = _of_session(SessionDocumentStore.update_event)
 
     @override
     async def __aenter__(self) -> Self:
         await super().__aenter__()
         await self._event_collection.ensure_indexes([_OFFSETS])
+        sessions, events = self._session_collection, self._event_collection
+        assert isinstance(sessions, PocketBaseDocumentCollection)
+        assert isinstance(events, PocketBaseDocumentCollection)
+        self._events = events
+        self._deletions = Deletions(sessions, events, self._log)
+        await self._deletions.open(self._home)
+        self._home.write_first(self.flush)
         return self
+
+    @override
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: object | None,
+    ) -> None:
+        """Wait for all writes, and write what is held back.
+
+        Raises:
+            NotCommitted: that could not be done.
+        """
+        await super().__aexit__(exc_type, exc_value, traceback)
+        await self._deletions.close()
+        await self.flush()
+        if lost := self._held_back.let_all_go():
+            raise NotCommitted(
+                f"the last chunks of {len(lost)} streamed messages could not be written, as the log says: "
+                f"events {named([event for _, event in lost])}"
+            )
+
+    async def flush(self) -> None:
+        """Write what is held back of streamed messages. That it cannot be written is logged."""
+        await asyncio.gather(*(self._write_held_back(*place) for place in self._held_back.places()))
+
+    @_of_session
+    async def delete_session(self, session_id: SessionId) -> None:
+        """Delete a session and its events. Nobody finds either any more when the session is deleted. If the events
+        cannot be deleted then, by a crash, say, they are deleted later: by this store, or when one is opened."""
+        await self._deletions.delete(session_id)
+
+    @_of_session
+    async def create_event(self, session_id: SessionId, *args: Any, **kwargs: Any) -> Event:
+        """As Parlant's. What is held back of the session's messages is written first: so a turn that was cancelled
+        leaves its last chunk in PocketBase before it is said that it was cancelled."""
+        for event_id in self._held_back.of(session_id):
+            await self._write_held_back(session_id, event_id)
+        return await super().create_event(session_id, *args, **kwargs)
+
+    @_of_session
+    async def update_event(self, session_id: SessionId, event_id: EventId, params: EventUpdateParams) -> Event:
+        """As Parlant's, but for the chunks of a streamed message: see the class."""
+        if "data" not in params:
+            await self._write_held_back(session_id, event_id)
+        elif params.keys() == {"data"} and is_on_its_way(params["data"]) and self._held_back.may_hold(event_id):
+            event = await super().update_event(session_id, event_id, {})
+            if event.kind == EventKind.MESSAGE:
+                return self._hold_back((session_id, event_id), event, params)
+        try:
+            event = await super().update_event(session_id, event_id, params)
+        except OutcomeUnknown:
+            # It may be applied yet. What is held back is older, and must not be written over it.
+            if "data" in params and self._held_back.data(event_id) is not None:
+                self._held_back.hold((session_id, event_id), dumps(params["data"]))
+            raise
+        if "data" in params:
+            self._held_back.let_go(event_id)
+        return self._held_back.laid_over(event)
+
+    def _hold_back(self, place: Place, event: Event, params: EventUpdateParams) -> Event:
+        """Hold a chunk back, unless it is one that could not be written: that is said to its writer now."""
+        document: Mapping[str, Any] = self._serialize_event(event, place[0])
+        data = snapshot({"data": params["data"]})
+        self._events.codec.update("", 0, document, data)
+        self._held_back.hold(place, dumps(data["data"]))
+        return replace(event, data=data["data"])
+
+    @override
+    async def read_event(self, session_id: SessionId, event_id: EventId) -> Event:
+        held = self._held_back.data(event_id) is not None
+        event = await super().read_event(session_id, event_id)
+        if held and self._held_back.data(event_id) is None:
+            # It was written while we read, and what we have may be older: it was shown to others.
+            event = await super().read_event(session_id, event_id)
+        return self._held_back.laid_over(event)
+
+    @override
+    async def list_events(self, session_id: SessionId, *args: Any, **kwargs: Any) -> Sequence[Event]:
+        held, deleted = self._held_back.of(session_id), self._deletions.decided
+        events = await super().list_events(session_id, *args, **kwargs)
+        # As in `read_event`; or the session was deleted, and these are what was left of its events at some moment.
+        if held - self._held_back.of(session_id) or deleted != self._deletions.decided:
+            events = await super().list_events(session_id, *args, **kwargs)
+        if not self._held_back.of(session_id):
+            return events
+        return [self._held_back.laid_over(event) for event in events]
+
+    def _begin_to_write(self, place: Place) -> None:
+        task = asyncio.create_task(self._write_held_back(*place))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+
+    @_of_session
+    async def _write_held_back(self, session_id: SessionId, event_id: EventId) -> None:
+        data = self._held_back.data(event_id)
+        if data is None:
+            return
+        where: Any = {"id": {"$eq": event_id}, "session_id": {"$eq": session_id}}
+        try:
+            await self._events.update_one(where, {"data": loads(data)})  # none matches where the session is gone
+        except PBCachedError as error:
+            self._log.warning(
+                "chunks of a streamed message are not written yet",
+                session=session_id,
+                event_id=event_id,
+                reason=str(error),
+            )
+            self._held_back.failed(event_id)
+        else:
+            self._held_back.let_go(event_id)
 
     @override
     async def _event_document_loader(self, doc: BaseDocument) -> Any:
