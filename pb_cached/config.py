@@ -31,6 +31,8 @@ EMAIL_VARIABLE: Final = "POCKETBASE_ADMIN_EMAIL"
 PASSWORD_VARIABLE: Final = "POCKETBASE_ADMIN_PASSWORD"
 
 MIB: Final = 1024 * 1024
+STREAMING_INTERVAL: Final = 0.25
+"""Seconds. As often as Parlant's own listener looks for events."""
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Prefix = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,99}$")]
@@ -76,6 +78,8 @@ class StoreSettings(Section, frozen=True):
     variable_prefix: Prefix = "parlant_context_variables"
     customer_ids: Literal["unique", "stable"] = "unique"
     """`stable`: Parlant's own, derived from the content, which repeat after a restart."""
+    streaming_interval: Annotated[float, Meta(ge=0, le=60)] = STREAMING_INTERVAL
+    """Seconds that the chunks of a streamed message may be acknowledged before they are written; 0 writes each."""
     migrate: bool = False
     """May opening a store bring documents of older Parlant versions up to date?"""
 

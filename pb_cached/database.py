@@ -31,7 +31,7 @@ from parlant.core.persistence.document_database import (
 )
 
 from pb_cached.cache.collection import CollectionCache, Rule
-from pb_cached.cache.predicate import compile_where
+from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.rules import PARLANT, indexed_fields, rule_for
 from pb_cached.cache.stats import CollectionStats
 from pb_cached.cache.watches import Wake
@@ -69,6 +69,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEFAULT_PREFIX: Final = "parlant"
+
+DELETED_TOGETHER: Final = 200
+"""Documents that are read, and then deleted. Others' writes wait for no more than these."""
 
 _ATTEMPTS: Final = 1000
 """How often an update looks for another match when the one it found was taken from it. Each time some other's
@@ -114,6 +117,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         self._prefix = collection_prefix or DEFAULT_PREFIX
         self._http = http_client
         self._log = log_through(logger, self._config.logging)
+        self._held_back: list[Callable[[], Awaitable[None]]] = []
         self._entered = False
         self._exit_stack = AsyncExitStack()
         self._connection: Connection | None = None
@@ -156,6 +160,13 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         Raises:
             NotCommitted: writes were left when `close_timeout` had passed.
         """
+        try:
+            await self._submit_held_back()
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        self._held_back.clear()
         for collection in self._collections.values():
             collection.close()
         self._collections.clear()
@@ -195,6 +206,10 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 "They may yet be committed, as other databases keep the connection open"
             ) from None
 
+    @property
+    def log(self) -> Log:
+        return self._log
+
     def stats(self) -> Stats:
         """What the cache holds and has done, over all and by collection, and what was committed. Costs next to
         nothing."""
@@ -233,10 +248,20 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
     async def flush(self) -> None:
         """Return when every write submitted so far is decided."""
         self._opened()
+        await self._submit_held_back()
         await self._flush()
 
     async def _flush(self) -> None:
         await asyncio.gather(*(committer.flush() for committer in self._committers.values()))
+
+    def write_first(self, held_back: Callable[[], Awaitable[None]]) -> None:
+        """Have `flush`, and closing, wait for this before anything else: it submits what a store has acknowledged
+        but not submitted yet."""
+        self._held_back.append(held_back)
+
+    async def _submit_held_back(self) -> None:
+        for submit in self._held_back:
+            await submit()
 
     async def create_collection(self, name: str, schema: type[TDocument]) -> DocumentCollection[TDocument]:
         """Create a collection.
@@ -488,6 +513,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._require_open()
         return self._watched.watch(filters, wake)
 
+    def wake(self, filters: Where) -> None:
+        """Have everybody look again who watches this: a read may show something new that was not written."""
+        self._watched.wake(filters)
+
     async def find(
         self,
         filters: Where,
@@ -667,6 +696,57 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 deleted = await self._changes.make(_state(match), since, matches, None)
                 return DeleteResult(True, 1, cast(TDocument, deleted))
         raise StaleRevision(f"delete in '{self._spec.name}': others were faster with every match", status=409)
+
+    async def delete_many(self, filters: Where) -> int:
+        """Delete every match that is there now: read and deleted page by page, in as many commits as it takes, so
+        there may be any number of them. A failure leaves the rest, and may be repeated.
+
+        Returns:
+            How many were deleted here, and not by others meanwhile.
+
+        Raises:
+            As `delete_one`.
+        """
+        self._require_open()
+        _require_filter(filters)
+        return await self._read(self._delete_many, filters, compile_where(filters))
+
+    async def _delete_many(self, filters: Where, matches: Predicate) -> int:
+        if self._cached:
+            self._cached.forget(filters)
+        deleted = 0
+        for filter_ in self.filters.narrow(filters) or ():
+            since = self._changes.now
+            async for rows in self.reader.pages(filter_, DELETED_TOGETHER):
+                deleted += await self._delete_page(rows, since, matches)
+                since = self._changes.now
+        return deleted
+
+    async def _delete_page(self, rows: Sequence[Row], since: int, matches: Predicate) -> int:
+        deleted = 0
+        for _ in range(_ATTEMPTS):
+            found = [State(row.id, row.rev, self.codec.document(row), row) for row in rows]
+            found = [state for state in found if matches(state.document)]
+            changes = (self._changes.make(state, since, matches, None) for state in found)
+            outcomes = await asyncio.gather(*changes, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException) and not isinstance(outcome, Overtaken):
+                    raise outcome
+            overtaken = [
+                state.record
+                for state, outcome in zip(found, outcomes, strict=True)
+                if isinstance(outcome, Overtaken)
+            ]
+            deleted += len(found) - len(overtaken)
+            if not overtaken:
+                return deleted
+            since = self._changes.now
+            rows = list((await self.reader.by_ids(overtaken)).values())
+        raise StaleRevision(f"delete in '{self._spec.name}': others were faster with every match", status=409)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
 
     def _require_open(self) -> None:
         if self._closed:

@@ -255,6 +255,10 @@ class Gate:
         self.reached = asyncio.Event()
         self._opened = asyncio.Event()
 
+    @property
+    def is_open(self) -> bool:
+        return self._opened.is_set()
+
     def open(self) -> None:
         self._opened.set()
 
@@ -262,6 +266,17 @@ class Gate:
         self.reached.set()
         await self._opened.wait()
         await exchange.forward()
+
+
+class Withheld(Gate):
+    """PocketBase answers at once, but its answer arrives when this is opened."""
+
+    async def __call__(self, exchange: Exchange) -> None:
+        pieces = [piece async for piece in exchange.ask()]
+        self.reached.set()
+        await self._opened.wait()
+        for piece in pieces:
+            await exchange.send(piece)
 
 
 @dataclass

@@ -164,6 +164,10 @@ class CachedReads:
         """Call `wake` whenever the answer may be different now. Until what is returned is called."""
         return self.cache.watches.add(keys_of(where, self.cache), wake)
 
+    def wake(self, where: Mapping[str, Any]) -> None:
+        """Have everybody look again who watches what these matches are among."""
+        self.cache.watches.changed(*(keys_of(where, self.cache) or ()))
+
     def wake_all(self) -> None:
         """Have everybody look again who watches."""
         self.cache.watches.all_changed()
@@ -199,6 +203,11 @@ class CachedReads:
         if not row.extra and all(column and column.kind is Kind.TEXT for column in columns):
             return self.cache.key(*[self._codec.held(row, field) for field in self.cache.rule.partition_by])
         return self.loader.state(row).key
+
+    def forget(self, where: Mapping[str, Any]) -> None:
+        """Most of these partitions' documents are about to go: each would cost as much as all that are left."""
+        for key in keys_of(where, self.cache) or ():
+            self.cache.forget(key)
 
     def gone(self, operation: Operation) -> None:
         """The operation's record does not exist any more."""

@@ -211,7 +211,7 @@ async def open_stores(
             await database(of.customer_prefix),
             await database(of.variable_prefix),
         )
-        sessions = PocketBaseSessionStore(databases[0], of.migrate)
+        sessions = PocketBaseSessionStore(databases[0], of.migrate, streaming_interval=of.streaming_interval)
         customers = PocketBaseCustomerStore(databases[1], of.migrate, ids=of.customer_ids)
         variables = PocketBaseContextVariableStore(databases[2], of.migrate)
         for store in (sessions, customers, variables):
