@@ -14,8 +14,8 @@ from parlant.core.persistence.document_database import DocumentCollection, ident
 
 from pb_cached import Config
 from pb_cached.coherence import Follower, audit
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CoherenceSettings
-from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.exact import dumps
 from tests.conftest import DatabaseMaker
 from tests.test_log_path import Note, by_id, note

@@ -20,8 +20,8 @@ from parlant.core.persistence.document_database import (
 )
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CollectionSettings
-from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.errors import (
     AuthenticationFailed,
     CollectionExists,

@@ -23,8 +23,8 @@ from parlant.core.persistence.common import ObjectId, Where
 from parlant.core.sessions import Event, EventId, EventKind, EventSource, Session, SessionId
 
 from pb_cached import Config, PocketBaseServer, open_stores
+from pb_cached.collection import DELETED_TOGETHER
 from pb_cached.config import CoherenceSettings, StoreSettings, WriteSettings
-from pb_cached.database import DELETED_TOGETHER
 from pb_cached.errors import OutcomeUnknown, PocketBaseUnavailable
 from pb_cached.stores import Stores, deletions
 from tests.conftest import EXCLUSIVE

@@ -17,7 +17,7 @@ from typing import Any
 from parlant.core.common import JSONSerializable, generate_id
 from parlant.core.sessions import Event, EventId, EventKind, EventSource, SessionId
 
-from pb_cached.database import PocketBaseDocumentCollection
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.errors import PBCachedError, UniqueViolation
 from pb_cached.pocketbase.commit import Operation
 from pb_cached.stores.held import attempts

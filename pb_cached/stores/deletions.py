@@ -26,7 +26,8 @@ from parlant.core.persistence.common import ObjectId, Where
 from parlant.core.persistence.document_database import BaseDocument
 from parlant.core.sessions import SessionId
 
-from pb_cached.database import PocketBaseDocumentCollection, PocketBaseDocumentDatabase
+from pb_cached.collection import PocketBaseDocumentCollection
+from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import PBCachedError
 from pb_cached.telemetry import Log
 

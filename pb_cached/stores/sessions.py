@@ -24,8 +24,9 @@ from parlant.core.sessions import (
 )
 from typing_extensions import override
 
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import STREAMING_INTERVAL
-from pb_cached.database import PocketBaseDocumentCollection, PocketBaseDocumentDatabase
+from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, NotCommitted, OutcomeUnknown, PBCachedError, named
 from pb_cached.exact import dumps, loads
 from pb_cached.pocketbase.codec import snapshot
