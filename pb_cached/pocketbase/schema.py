@@ -169,8 +169,10 @@ class CollectionSpec(Struct, frozen=True):
 
 
 DOCUMENT_SYSTEM: Final = (("doc_id", "text"), ("extra", "text"), ("rev", "number"), ("updated", "autodate"))
-LOG_SYSTEM: Final = (("server", "text"), ("n", "number"), ("created", "autodate"), ("payload", "text"))
-BARRED_LOG_SYSTEM: Final = (*LOG_SYSTEM, ("layout", "text"), ("guard", "text"))
+LOG_SYSTEM: Final = (
+    ("server", "text"), ("n", "number"), ("created", "autodate"), ("layout", "text"), ("payload", "text"),
+)  # fmt: skip
+BARRED_LOG_SYSTEM: Final = (*LOG_SYSTEM, ("guard", "text"))
 TRIGGERED_LOG_SYSTEM: Final = (*BARRED_LOG_SYSTEM, ("stale", "text"))
 """What the columns are for that a log has for triggers: see `commit.triggers`."""
 

@@ -102,11 +102,7 @@ class BatchPath:
 
     async def commit(self, operations: Sequence[Operation], *, deadline: float) -> list[Reply]:
         receipt, n = new_id(), self._receipts.next
-        touched: dict[str, list[str]] = {}
-        for operation in operations:
-            touched.setdefault(operation.collection, []).append(operation.record_id)
-        # An empty guard would be a commit of the log path.
-        content = {"guard": receipt, "payload": msgspec.json.encode({"touched": touched}).decode()}
+        content = {"guard": receipt}  # an empty one would be a commit of the log path
         entry = Operation("POST", self._log, receipt, self._receipts.entry(receipt, n, content))
         body = b'{"requests":[' + b",".join(map(_request, (entry, *operations))) + b"]}"
         end = time.monotonic() + deadline
