@@ -48,6 +48,16 @@ TABLES: Final = (
     "at TEXT DEFAULT (strftime('%Y-%m-%d %H:%M:%fZ')))",
 )
 
+_DELETION: Final = "\nDELETE FROM "
+"""By this a layout's trigger is known, and its collection, which follows."""
+ORPHANED: Final = (
+    "SELECT name FROM (SELECT name, trim(substr(t,1,instr(t,' ')-1),'`\"') c FROM "
+    f"(SELECT name, substr(sql,instr(sql,char(10)||'{_DELETION.strip()} ')+{len(_DELETION)}) t FROM sqlite_master "
+    f"WHERE type='trigger' AND name GLOB '{NAMES}*' AND instr(sql,char(10)||'{_DELETION.strip()} '))) "
+    "WHERE c NOT IN (SELECT name FROM sqlite_master WHERE type='table')"
+)
+"""Asks for the triggers of collections that were deleted."""
+
 _NOW: Final = "strftime('%Y-%m-%d %H:%M:%fZ')"
 
 
@@ -299,9 +309,15 @@ def _drop(trigger: Trigger) -> str:
     return f"DROP TRIGGER IF EXISTS {trigger.name}"
 
 
+def applying(collection: str) -> str:
+    """The SQL condition by which the layouts' triggers of a collection are found. Where that was renamed, SQLite
+    has written its new name, in quotation marks of its own."""
+    return " OR ".join(f"instr(sql,'{_DELETION.strip()} {quote}{collection}{quote}')" for quote in '`"')
+
+
 def applies_to(trigger: Trigger) -> str:
     """The collection that a layout's trigger is for; empty for the other kinds."""
-    _, found, rest = trigger.rest.partition("\nDELETE FROM ")
+    _, found, rest = trigger.rest.partition(_DELETION)
     return rest.split(None, 1)[0].strip('`"') if found else ""
 
 
