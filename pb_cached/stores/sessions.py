@@ -220,8 +220,8 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
             if "data" in params and self._held_back.data(event_id) is not None:
                 self._held_back.hold((session_id, event_id), dumps(params["data"]))
             raise
-        if "data" in params:
-            self._held_back.let_go(event_id)
+        if "data" in params and self._held_back.let_go(event_id):
+            self._wake(session_id)  # who was woken by the commit was still shown what lay here
         return self._held_back.laid_over(event)
 
     def _hold_back(self, place: Place, event: Event, params: EventUpdateParams) -> Event:
@@ -230,8 +230,11 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         data = snapshot({"data": params["data"]})
         self._events.codec.update("", 0, document, data)
         self._held_back.hold(place, dumps(data["data"]))
-        self._events.wake({"session_id": {"$eq": place[0]}})
+        self._wake(place[0])
         return replace(event, data=data["data"])
+
+    def _wake(self, session_id: SessionId) -> None:
+        self._events.wake({"session_id": {"$eq": session_id}})
 
     @override
     async def read_event(self, session_id: SessionId, event_id: EventId) -> Event:

@@ -79,16 +79,17 @@ class HeldBack:
         held.timer.cancel()
         held.timer = self._timer(held.place, AGAIN_SECONDS)
 
-    def let_go(self, event: EventId) -> None:
-        """It was written, or need not be any more."""
+    def let_go(self, event: EventId) -> bool:
+        """It was written, or need not be any more. Was there anything?"""
         held = self._held.pop(event, None)
         if held is None:
-            return
+            return False
         held.timer.cancel()
         session = held.place[0]
         self._of[session].discard(event)
         if not self._of[session]:
             del self._of[session]
+        return True
 
     def let_all_go(self) -> list[Place]:
         """Nothing will be written any more. What that was."""
