@@ -78,7 +78,7 @@ class Scene:
         self.proxy = proxy
         self.lines = lines
         self.path = f"/api/collections/{prefix}_events/records"
-        self.commits = f"/api/collections/{prefix}_log/records?"
+        self.commits = f"/api/collections/{prefix}_events_log/records?"
 
     @property
     def stats(self) -> CollectionStats:
