@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -212,6 +213,28 @@ def lagging(seconds: float) -> Fault:
     return fault
 
 
+def scrambled(seed: int, most: float) -> Fault:
+    """Of a stream, every event after the greeting arrives later, by up to `most` seconds and each by another time;
+    one in five arrives twice."""
+
+    async def fault(exchange: Exchange) -> None:
+        chance = random.Random(seed)
+
+        async def send_late(piece: bytes) -> None:
+            await asyncio.sleep(chance.uniform(0, most))
+            with contextlib.suppress(ConnectionError):
+                await exchange.send(piece)
+
+        async with contextlib.aclosing(exchange.ask()) as response, asyncio.TaskGroup() as late:
+            for _ in range(2):
+                await exchange.send(await anext(response))
+            async for piece in response:
+                for _ in range(chance.choice((1, 1, 1, 1, 2))):
+                    late.create_task(send_late(piece))
+
+    return fault
+
+
 def cut_at_piece(number: int) -> Fault:
     """Of the answer, whose head is piece 0, half of this piece arrives, and nothing after it."""
 
@@ -246,6 +269,19 @@ class Buffer:
                 self.keeps.set()
                 await self._opened.wait()
                 await exchange.send(piece)
+
+
+class Valve:
+    """Passes everything on until it is shut; what comes then is lost, though nothing shows that."""
+
+    def __init__(self) -> None:
+        self.is_shut = False
+
+    async def __call__(self, exchange: Exchange) -> None:
+        async with contextlib.aclosing(exchange.ask()) as response:
+            async for piece in response:
+                if not self.is_shut or b"PB_CONNECT" in piece or piece.startswith(b"HTTP/"):
+                    await exchange.send(piece)
 
 
 class Gate:

@@ -144,6 +144,70 @@ def test_a_record_that_moves_out_of_sight_does_not_come_back() -> None:
     assert records(cache, "s2") == ["a"]
 
 
+def test_a_creation_that_an_update_has_overtaken_is_read_again() -> None:
+    cache = cache_of()
+    load(cache, "s1")
+    cache.altered("a", 2)  # another server's, which does not say what it has left
+    cache.apply(state(cache, "a", 1, text="old"))
+    assert documents(cache) is None
+    cache.settle(cache.begin_again(), {"a": state(cache, "a", 2, text="new")})
+    assert [d["text"] for d in documents(cache) or ()] == ["new"]
+
+
+def test_a_creation_that_an_update_has_overtaken_during_a_load_is_read_again() -> None:
+    cache = cache_of()
+    key = cache.key("s1")
+    assert key is not None
+    reading = cache.begin(key)
+    cache.altered("a", 2)
+    cache.apply(state(cache, "a", 1))
+    cache.load(reading, [])
+    assert documents(cache) is None
+
+
+def test_what_is_in_doubt_leaves_a_hole_before_it_as_what_is_not() -> None:
+    cache = cache_of()
+    load(cache, "s1", state(cache, "a", offset=0))
+    cache.altered("c", 2)
+    cache.apply(state(cache, "c", offset=2))
+    cache.settle(cache.begin_again(), {"c": state(cache, "c", 2, offset=2)})
+    assert documents(cache) is None
+    cache.apply(state(cache, "b", offset=1))
+    assert records(cache) == ["a", "b", "c"]
+
+
+def test_what_a_hand_has_added_leaves_a_hole_before_it_too() -> None:
+    cache = cache_of()
+    load(cache, "s1", state(cache, "a", offset=0))
+    cache.edited(state(cache, "c", offset=2))
+    cache.settle(cache.begin_again(), {"c": state(cache, "c", offset=2)})
+    assert documents(cache) is None
+    load(cache, "s1", state(cache, "a", offset=0), state(cache, "c", offset=2))
+    assert records(cache) == ["a", "c"]
+
+
+def test_what_is_cleared_is_not_even_known_to_be_empty() -> None:
+    memory = Memory(1_000_000)
+    cache, other = CollectionCache(EVENTS, memory), CollectionCache(EVENTS, memory)
+    for each in (cache, other):
+        load(each, "s1")
+        load(each, "s2", state(each, "a", session="s2"))
+    cache.clear()
+    assert documents(cache, "s1") is None and documents(cache, "s2") is None
+    assert documents(other, "s1") == [] and records(other, "s2") == ["a"]
+
+
+def test_after_a_backup_was_restored_what_was_deleted_may_be_there_again() -> None:
+    cache = cache_of()
+    load(cache, "s1", state(cache, "a"))
+    cache.apply(State("a", DELETED))
+    cache.restart()
+    assert documents(cache) is None
+    load(cache, "s1", state(cache, "a"))
+    cache.apply(state(cache, "a", 2, text="new"))
+    assert [d.get("text") for d in documents(cache) or ()] == ["new"]
+
+
 def test_an_id_tells_its_partition_and_record() -> None:
     cache = cache_of()
     load(cache, "s1", state(cache, "a"))

@@ -207,7 +207,7 @@ def test_relative_paths_are_taken_from_the_files_own_folder(
         ('[stores]\ncustomer_ids = "mine"', "stores.customer_ids: invalid enum value 'mine'; expected one of"),
         ("[cache]\nmax_bytes = -1", "cache.max_bytes: expected 'int' >= 0"),
         ('[cache]\nwarm = "sessions"', "cache.warm: expected a list, got 'str'"),
-        ('[coherence]\nmode = "on"', "invalid enum value 'on'; expected one of realtime, exclusive, off"),
+        ('[coherence]\nmode = "on"', "coherence.mode: invalid enum value 'on'; expected one of realtime"),
         ("[collections]\nevents = 3", "collections.events: expected a table, got 'int'"),
         ("[collections.events]\nmax = 1", "unknown key 'collections.events.max'"),
         ("[collections.x]\n[collections.y]\nsequence = 1", "collections.y.sequence: expected 'str"),

@@ -17,6 +17,7 @@ from tests.faults import (
     Fault,
     FaultProxy,
     Gate,
+    Valve,
     again_later,
     answer,
     cut_after,
@@ -28,6 +29,7 @@ from tests.faults import (
     doubled,
     lagging,
     lost_by_gateway,
+    scrambled,
     twice,
 )
 
@@ -201,6 +203,36 @@ async def test_a_lagging_stream_is_late_with_every_piece(proxy: FaultProxy, http
     before = time.monotonic()
     assert b"PB_CONNECT" in await greeting(http)
     assert time.monotonic() - before >= 0.2
+
+
+async def test_a_scrambled_stream_greets_first_and_brings_everything_at_least_once(
+    proxy: FaultProxy, http: httpx.AsyncClient, account: dict[str, str]
+) -> None:
+    proxy.plan("GET", REALTIME, scrambled(1, most=1.5))
+    ids = []
+    async with http.stream("GET", REALTIME) as response:
+        arrived = b""
+        async for piece in response.aiter_bytes():
+            if not arrived:
+                client = piece.partition(b"id:")[2].partition(b"\n")[0].decode()
+                topics = {"clientId": client, "subscriptions": ["_superusers/*"]}
+                assert (await http.post(REALTIME, json=topics)).status_code == 204
+                for number in range(8):
+                    made = await http.post(RECORDS, json={**account, "email": f"{number}.{account['email']}"})
+                    ids.append(made.json()["id"].encode())
+            arrived += piece
+            if all(id_ in arrived for id_ in ids):
+                break
+    assert sorted(ids, key=arrived.index) != ids
+
+
+async def test_a_valve_that_is_shut_loses_what_comes(proxy: FaultProxy, http: httpx.AsyncClient) -> None:
+    valve = Valve()
+    proxy.plan("GET", "/api/health", valve, at=EVERY)
+    assert (await http.get("/api/health")).status_code == 200
+    valve.is_shut = True
+    with pytest.raises(httpx.ReadTimeout):
+        await http.get("/api/health", timeout=0.2)
 
 
 async def test_a_stream_is_cut_in_the_middle_of_a_piece(proxy: FaultProxy, http: httpx.AsyncClient) -> None:

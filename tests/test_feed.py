@@ -134,19 +134,90 @@ def test_a_missing_number_ends_answers_though_the_stream_lives(clock: Clock) -> 
 def test_what_has_come_and_cannot_be_applied_ends_answers_too(clock: Clock) -> None:
     coming = feed()
     coming.proven(100.0)
-    coming.doubt()
+    coming.doubt(clock.time)
     clock.time += 3
-    coming.doubt()
     coming.proven(clock.time)
     assert coming.good_until == 100.0 + MAX_STALENESS
-    coming.doubt(False)
+    coming.doubt(None)
     assert coming.good_until == clock.time + MAX_STALENESS
 
 
 def test_a_log_that_was_made_anew_begins_anew() -> None:
     coming = feed()
+    coming.caught_up()
     coming.arrived(Entry("a", "s", 5, created="2026"))
+    assert coming.newest == "2026"
     coming.proven(100.0)
     coming.forget()
     assert (coming.newest, coming.good_until, coming.is_waiting) == ("", 0.0, False)
     assert numbers(coming.arrived(commit(1))) == [1]
+
+
+def test_answers_are_no_older_than_what_a_missing_commit_may_be(clock: Clock) -> None:
+    coming = feed()  # at 100, and was heard of last then
+    clock.time += 4
+    coming.proven(clock.time)
+    coming.arrived(commit(3))  # the second may have been committed at 100
+    assert coming.good_until == 100.0 + MAX_STALENESS
+
+
+def test_numbers_that_are_always_late_do_not_end_answers_while_they_come(clock: Clock) -> None:
+    coming = feed()
+    for number in range(2, 200):  # each comes after the one that follows it
+        clock.time += 0.1
+        coming.proven(clock.time)
+        coming.arrived(commit(number + 1 if number % 2 == 0 else number - 1))
+        assert coming.good_until > clock.time + MAX_STALENESS - 0.5
+
+
+def test_a_beat_that_comes_late_does_not_make_younger_what_is_missing(clock: Clock) -> None:
+    coming = feed()
+    coming.arrived(commit(3))
+    clock.time += 4
+    coming.proven(clock.time)
+    assert coming.beat("s", 3)
+    assert coming.good_until == 100.0 + MAX_STALENESS
+
+
+def test_what_comes_before_a_gap_was_read_back_does_not_hide_it() -> None:
+    coming = feed()
+    coming.caught_up()
+    coming.arrived(Entry("a", "s", 2, created="12:00"))
+    coming.lost()
+    coming.arrived(Entry("b", "s", 9, created="13:00"))  # by the next stream
+    coming.lost()  # and that too, before the log was read
+    assert coming.newest == "12:00"
+    coming.caught_up()
+    assert coming.newest == "13:00"
+
+
+def test_a_gap_lasts_from_the_last_proof_until_it_is_read_back(clock: Clock) -> None:
+    coming = feed()
+    coming.caught_up()
+    coming.proven(99.0)
+    coming.lost()
+    clock.time += 50
+    coming.lost()
+    assert coming.behind_since == 99.0
+    coming.caught_up()
+    assert coming.behind_since is None
+
+
+def test_too_many_that_wait_for_one_begin_the_log_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "MOST_EARLY", 3)
+    coming = feed()
+    coming.caught_up()
+    coming.proven(100.0)
+    for number in range(3, 7):
+        assert coming.arrived(commit(number)) == []
+    assert not coming.is_proven and coming.behind_since is not None
+    assert not coming.is_waiting
+
+
+def test_what_is_looked_up_while_the_log_is_made_anew_is_nobodys(clock: Clock) -> None:
+    coming = feed()
+    coming.arrived(commit(3))
+    clock.time += 2 * PATIENCE
+    (gap,) = coming.overdue()
+    coming.forget()
+    assert coming.settle(gap) == []

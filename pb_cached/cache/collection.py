@@ -107,9 +107,13 @@ class Reading:
 
     def joined(self, record: str, row: State | None) -> State | None:
         """What a record is, by this read's row and by what changed meanwhile."""
+        state = self._newer(record, row)
         rev, to = self.altered.get(record, (0, None))
-        if rev and (row.rev < rev if row is not None else to is not None and to == self.key):
+        if rev and (state.rev < rev if state is not None else to is not None and to == self.key):
             self.doubts.add(record)
+        return state
+
+    def _newer(self, record: str, row: State | None) -> State | None:
         change = self.changes.get(record)
         if change is None:
             return row
@@ -139,7 +143,8 @@ class CollectionCache:
 
     Mutable state, changed by the public methods alone: `_records` (where each cached record is) and `_ids` (which
     record has an id), in step with the partitions in `_memory`; `_doubts` and `_holes` (why a cached partition may
-    not answer yet); `_gone` (what was deleted or moved on, up to which revision); `_avoided`; `_readings`.
+    not answer yet); `_gone` (what was deleted or moved on, up to which revision) and `_altered` (which revision
+    there is at least of what is not cached); `_avoided`; `_readings`.
     """
 
     def __init__(self, rule: Rule, memory: Memory) -> None:
@@ -154,6 +159,7 @@ class CollectionCache:
         self._doubts: dict[Key, set[str]] = {}
         self._holes: dict[Key, set[int]] = {}
         self._gone: TTLCache[str, int] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
+        self._altered: TTLCache[str, int] = TTLCache(REMEMBERED, REMEMBERED_SECONDS)
         self._avoided: TTLCache[Key, None] = TTLCache(AVOIDED, AVOIDED_SECONDS)
         self._avoid_all_until = 0.0
         self._clock = time.monotonic
@@ -301,6 +307,8 @@ class CollectionCache:
         for reading in self._readings:
             reading.altered[record] = rev, to
         at = self._records.get(record)
+        if at is None:  # its creation may be late, and is then overtaken already
+            self._altered[record] = max(rev, self._altered.get(record, 0))
         self._doubt(record, at, to)
         if at is None and to is None:
             self.watches.all_changed()
@@ -320,11 +328,11 @@ class CollectionCache:
     def _apply_unknown(self, change: State, known: bool) -> None:
         if change.key is None or (partition := self._memory.peek(change.key)) is None:
             return
-        if change.rev > 1 or known:
-            self._doubt(change.record, change.key)
-            return
         self._look_for_holes(partition, change)
-        self._put(change)
+        if change.rev > 1 or known or self._altered.get(change.record, 0) > change.rev:
+            self._doubt(change.record, change.key)
+        else:
+            self._put(change)
 
     def _apply_known(self, change: State, at: Key) -> None:
         partition = self._memory.peek(at)
@@ -371,11 +379,17 @@ class CollectionCache:
 
     def clear(self) -> None:
         """Drop everything, and what running reads are about to bring."""
-        for key in set(self._records.values()):
+        for key in self._memory.of(self._number):
             self.forget(key)
         for reading in self._readings:
             reading.void = True
         self.watches.all_changed()
+
+    def restart(self) -> None:
+        """PocketBase was restored from a backup: drop everything, also what was known to be deleted."""
+        self._gone.clear()
+        self._altered.clear()
+        self.clear()
 
     # reads of PocketBase
 
@@ -449,6 +463,8 @@ class CollectionCache:
                     del self._doubts[key]
                 changed.add(key)
             changed.add(self._records.get(record))
+            if state is not None and state.key is not None and (to := self._memory.peek(state.key)) is not None:
+                self._look_for_holes(to, state)
             self._drop(record)
             if state is not None:
                 changed.add(state.key)

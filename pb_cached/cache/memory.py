@@ -55,9 +55,18 @@ class Memory:
             self.bytes -= partition.size
         return partition
 
+    def of(self, number: int) -> list[Key]:
+        """The keys of a collection's partitions, the empty ones among them."""
+        return [key for key in self._partitions if _number(key) == number]
+
     def _grow(self, by: int) -> None:
         self.bytes += by
         while self.bytes > self.max_bytes:
             key, partition = self._partitions.popitem()
             self.bytes -= partition.size
-            self._owners[int(key.partition(":")[0]) if isinstance(key, str) else key[0]](partition)
+            self._owners[_number(key)](partition)
+
+
+def _number(key: Key) -> int:
+    """Of the collection that a key belongs to."""
+    return int(key.partition(":")[0]) if isinstance(key, str) else int(key[0])

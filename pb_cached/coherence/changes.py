@@ -36,12 +36,18 @@ class FollowedCollection:
         for values in payload.u:
             if not is_ours:
                 self.cache.altered(values[0], values[1] + 1)
+                if self.cache.key_of(values[0]) is None:  # and may have come to a partition that is cached
+                    unclear.append(values[0])
             elif not self._update(values):
                 self._alter(values)
         for values in payload.c:
             if not (is_ours and self._insert(values)):
                 unclear.append(values[0])
         return unclear
+
+    def restored(self) -> None:
+        """PocketBase is not what it was: nothing holds that was known of its records."""
+        self.cache.restart()
 
     def deleted(self, record: str) -> None:
         """A foreign hand has deleted a record."""

@@ -10,7 +10,6 @@ Does no I/O and never awaits. Times are seconds of one clock, which also runs wh
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Final
 
 from pb_cached.coherence.entries import Entry, Gap
@@ -18,7 +17,7 @@ from pb_cached.coherence.entries import Entry, Gap
 PATIENCE: Final = 0.1
 """Seconds that a missing number is waited for before it is looked up: the stream is seldom later than that."""
 MOST_EARLY: Final = 10_000
-"""Commits that wait for a missing one. Beyond them it is waited for no longer."""
+"""Commits of a server that wait for a missing one. Beyond them the log begins anew."""
 
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", None)
 
@@ -29,44 +28,57 @@ def now() -> float:
 
 
 class _Server:
-    """One that writes to the log. `early`: what has come before its turn; `known`: the highest number that is
-    known to be taken; `since`: when the first one that is missing was missed."""
+    """One that writes to the log. `early`: what has come before its turn, and when; `known`: the highest number
+    that is known to be taken; `whole`: when was heard of it that nothing before `expected` is all there is;
+    `since`: since when the first one that is missing is waited for."""
 
-    __slots__ = ("early", "expected", "known", "since")
+    __slots__ = ("early", "expected", "known", "since", "whole")
 
     def __init__(self, expected: int) -> None:
         self.expected = expected
         self.known = expected - 1
-        self.early: dict[int, Entry] = {}
+        self.early: dict[int, tuple[Entry, float]] = {}
+        self.whole = now()
         self.since: float | None = None
 
 
 class Feed:
     """One log.
 
-    Mutable state: `_servers`; `newest`, the latest time that PocketBase has given an entry, from where on the
-    log is read after a gap; `good_until`, when answers may no longer be given from what has come; `_proof`, when
-    was sent what has last shown that the stream lives, None where there is none, or what was missed is not
-    caught up with; `_doubtful`, since when there are changes that have come and could not be applied yet.
+    Mutable state: `_servers`, and `_waiting`, those of them of which a number is missing; `newest`, the latest
+    time that PocketBase has given an entry of which nothing before is missing, from where on the log is read after
+    a gap, and `_later`, the same of what has come since the gap; `behind_since`, since when something may be
+    missing that was not read back, and `losses`, how often that has happened; `_proof`, when was sent what has
+    last shown that the stream lives, None where there is none; `_doubtful`, since when there are changes that have
+    come and could not be applied yet; `good_until`, when answers may no longer be given from what has come.
     """
 
     def __init__(self, log: str, max_staleness: float) -> None:
         self.log = log
         self.newest = ""
+        self.behind_since: float | None = now()
+        self.losses = 0
         self.good_until = 0.0
+        self._later = ""
         self._max_staleness = max_staleness
         self._proof: float | None = None
         self._doubtful: float | None = None
         self._servers: dict[str, _Server] = {}
+        self._waiting: dict[str, _Server] = {}
 
     @property
     def is_proven(self) -> bool:
         """Has the stream shown that it brings this log, and is nothing from before it missing?"""
         return self._proof is not None
 
+    @property
+    def is_waiting(self) -> bool:
+        """Is a number missing?"""
+        return bool(self._waiting)
+
     def arrived(self, entry: Entry) -> list[Entry]:
         """A commit has come. Those whose turn it is now, in their order."""
-        self.newest = max(self.newest, entry.created)
+        self.came(entry.created)
         server = self._servers.get(entry.server)
         if server is None:
             # What it did before is in what was loaded since, or is caught up with.
@@ -75,15 +87,19 @@ class Feed:
         if entry.n < server.expected:
             return [entry]  # late or repeated, and to what it changed that is all the same
         server.known = max(server.known, entry.n)
-        server.early[entry.n] = entry
+        server.early[entry.n] = entry, now()
         if len(server.early) > MOST_EARLY:
-            server.expected = min(server.early)
-        return self._due(server)
+            self.forget()
+            return []
+        return self._due(entry.server, server)
 
-    @property
-    def is_waiting(self) -> bool:
-        """Is a number missing?"""
-        return any(server.since is not None for server in self._servers.values())
+    def came(self, created: str) -> None:
+        """An entry has come, of this time. What lies before it is known only while nothing is missing: 1. a gap;
+        2. an entry comes by the new stream; 3. that is lost too, before the gap was read back."""
+        if self.behind_since is None:
+            self.newest = max(self.newest, created)
+        else:
+            self._later = max(self._later, created)
 
     def beat(self, name: str, last: int) -> bool:
         """A server tells the last number that it has taken. Is one missing?"""
@@ -91,40 +107,45 @@ class Feed:
         if server is None:
             self._servers[name] = _Server(last + 1)
             return False
-        if last > server.known:
-            server.known = last
-            self._due(server)
+        server.known = max(server.known, last)
+        if last < server.expected:
+            server.whole = now()
+        self._due(name, server)
         return server.since is not None
 
-    def doubt(self, is_doubtful: bool = True) -> None:
-        """There are changes that have come and could not be applied yet; or there are none any more."""
-        if not is_doubtful:
-            self._doubtful = None
-        elif self._doubtful is None:
-            self._doubtful = now()
+    def doubt(self, since: float | None) -> None:
+        """Since when there are changes that have come and could not be applied yet; None: there are none."""
+        self._doubtful = since
         self._judge()
 
     def settle(self, gap: Gap) -> list[Entry]:
         """What was missing has been looked up and come, or does not exist. Those whose turn it is now."""
-        server = self._servers[gap.server]
+        server = self._servers.get(gap.server)
+        if server is None:  # the log was made anew meanwhile
+            return []
         server.expected = max(server.expected, gap.last + 1)
-        return self._due(server)
+        return self._due(gap.server, server)
 
-    def overdue(self) -> Iterator[Gap]:
+    def overdue(self) -> list[Gap]:
         """What has been missing for longer than it is waited for."""
-        for name, server in self._servers.items():
-            if server.since is not None and now() - server.since >= PATIENCE:
-                yield Gap(name, server.expected, min([*server.early, server.known + 1]) - 1)
+        return [
+            Gap(name, server.expected, min([*server.early, server.known + 1]) - 1)
+            for name, server in self._waiting.items()
+            if server.since is not None and now() - server.since >= PATIENCE
+        ]
 
-    def _due(self, server: _Server) -> list[Entry]:
+    def _due(self, name: str, server: _Server) -> list[Entry]:
         due = []
-        while (entry := server.early.pop(server.expected, None)) is not None:
+        while (early := server.early.pop(server.expected, None)) is not None:
+            entry, server.whole = early
             due.append(entry)
             server.expected += 1
         if server.expected > server.known:
             server.since = None
+            self._waiting.pop(name, None)
         elif server.since is None or due:
             server.since = now()
+            self._waiting[name] = server
         self._judge()
         return due
 
@@ -133,20 +154,31 @@ class Feed:
         self._proof = max(sent, self._proof or 0.0)
         self._judge()
 
+    def caught_up(self) -> None:
+        """What was missed before the stream was subscribed has been read back."""
+        self.behind_since = None
+        self.came(self._later)
+        self._later = ""
+
     def lost(self) -> None:
-        """Something may be missing from now on."""
+        """Something may be missing from now on, or since the last proof."""
+        if self.behind_since is None:
+            self.behind_since = now() if self._proof is None else self._proof
+        self.losses += 1
         self._proof = None
         self._judge()
 
     def forget(self) -> None:
         """The log is another one: it was restored, or made anew."""
         self._servers.clear()
-        self.newest = ""
+        self._waiting.clear()
+        self.newest = self._later = ""
         self.lost()
 
     def _judge(self) -> None:
         if self._proof is None:
             self.good_until = 0.0
             return
-        since = [self._doubtful, *(server.since for server in self._servers.values())]
+        # What is missing may have been committed as soon as the server had told its last number.
+        since = [self._doubtful, *(server.whole for server in self._waiting.values())]
         self.good_until = min([self._proof, *(s for s in since if s is not None)]) + self._max_staleness

@@ -4,13 +4,13 @@ Every log is followed by PocketBase's realtime stream. Of each log it is known w
 
     behind     its topic is not subscribed, or what was missed before is not read yet. Nothing is answered from its
                collections' caches;
-    read       what was missed has been read, and a beat of ours is on its way through log and stream;
+    read       what was missed has been read, and a beat of ours is on its way through this log and the stream;
     proven     that beat has come, so the stream brings what the log holds. From now on any beat of ours that comes
                proves that the stream lived when it was sent, and answers are good for `max_staleness` from then
                on.
 
-A lost stream puts all of them behind. What foreign hands change comes by the stream too, and with each beat it is
-looked whether all of it has.
+A lost stream puts all of them behind. What foreign hands change comes by the stream too, and before each beat it
+is looked whether all of it has.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
+from typing import Final
 
 import msgspec
 from msgspec import Struct
@@ -44,8 +45,6 @@ GATHERING: Final = 0.02
 one after the other, and other topics mean another stream."""
 _PAUSE: Final = 0.5
 """Seconds between attempts to read what PocketBase does not give, at most."""
-
-
 TRIM_EVERY: Final = 1000
 """Beats between two trims of the logs: those that nothing else is committed to fill with beats alone."""
 
@@ -60,6 +59,19 @@ class _Log(Struct, frozen=True):
     trim: Callable[[], Awaitable[None]]
 
 
+class _Beat(Struct):
+    """One of ours that the stream has not brought yet."""
+
+    log: str
+    sent: float
+    taken: float | None = None
+    """Since when PocketBase has it."""
+
+
+class _Identified(Struct):
+    id: str
+
+
 class _Followed(Struct, frozen=True):
     collection: FollowedCollection
     reader: RecordReader
@@ -68,11 +80,12 @@ class _Followed(Struct, frozen=True):
 
 class Follower:
     """Mutable state, changed between awaits only: `_logs` and `_collections`, what is followed, and `_homes`,
-    the collection that commits of a layout are for; `_covered`, the topics that the stream brings, and
-    `_lost_at`, since when it brought none; `_read`, the logs that are not behind; `_sent`, our beats that have
-    not come yet, and `_receipts`, the last of each log that PocketBase has; `_unclear`, records that must be
-    read, and `_strangers`, commits of layouts that we do not know; `_ids`, of collections, and `_last_edit`,
-    which show what was made anew.
+    the collection that commits of a layout are for; `_covered`, the topics that the stream brings; `_sent`, our
+    beats that have not come yet, and `_receipts`, for each log the last that PocketBase has, and in which log;
+    `_unclear`, records that must be read, `_clearing`, those that are being read, and `_strangers`, commits of
+    layouts that we do not know, each with the time since when; `_identities`, of collections, and `_last_edit`,
+    which show what was made anew; `_is_dead`, is the stream believed to be, `_good_at`, when was last seen that
+    all caches may answer, and `_is_said`, was it said that they may not?
     """
 
     def __init__(
@@ -84,6 +97,7 @@ class Follower:
             sql: may we use the SQL endpoint?
         """
         self.server = server
+        self._url = client.url
         self._settings = settings
         self._sql = sql
         self._log = log
@@ -95,15 +109,16 @@ class Follower:
         self._collections: dict[str, list[_Followed]] = {}
         self._homes: dict[str, str] = {}
         self._covered: frozenset[str] = frozenset()
-        self._lost_at = now()
-        self._losses = 0
-        self._read: set[str] = set()
-        self._sent: dict[str, tuple[str, float]] = {}
-        self._receipts: dict[str, str] = {}
-        self._unclear: dict[str, set[str]] = {}
-        self._strangers: list[tuple[Feed, Entry]] = []
-        self._ids: dict[str, str] = {}
+        self._sent: dict[str, _Beat] = {}
+        self._receipts: dict[str, tuple[str, str]] = {}
+        self._unclear: dict[str, dict[str, float]] = {}
+        self._clearing: dict[str, dict[str, float]] = {}
+        self._strangers: list[tuple[Feed, Entry, float]] = []
+        self._identities: dict[str, str] = {}
         self._last_edit: int | None = None
+        self._is_dead = False
+        self._good_at = now()
+        self._is_said = False
         self._changed = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
         self._gathering: asyncio.TimerHandle | None = None
@@ -152,10 +167,10 @@ class Follower:
 
     def stats(self) -> CoherenceStats:
         """How well it goes."""
-        good = [log.feed.good_until - self._settings.max_staleness for log in self._logs.values()]
-        is_proven = bool(good) and all(log.feed.is_proven for log in self._logs.values())
-        state = "following" if is_proven else "catching up" if self._covered else "lost"
-        return self._counters.snapshot(state, max(0.0, now() - min(good)) if is_proven else None)
+        good = min((log.feed.good_until for log in self._logs.values()), default=0.0)
+        state = "following" if now() < good else "catching up" if self._covered else "lost"
+        staleness = now() - (good - self._settings.max_staleness) if good else None
+        return self._counters.snapshot(state, None if staleness is None else max(0.0, staleness))
 
     def _topics_changed(self) -> None:
         if self._gathering is None:
@@ -193,11 +208,7 @@ class Follower:
 
     def lost(self, reason: str) -> None:
         self._counters.losses += bool(self._covered)
-        if self._covered:
-            self._lost_at = now()
-        self._losses += 1
         self._covered = frozenset()
-        self._read.clear()
         self._sent.clear()
         for log in self._logs.values():
             log.feed.lost()
@@ -214,7 +225,7 @@ class Follower:
     def _edited(self, name: str, message: entries.Message) -> None:
         """A foreign hand has written to a collection."""
         self._counters.edits += 1
-        record = msgspec.json.decode(message.record, type=Entry).id
+        record = msgspec.json.decode(message.record, type=_Identified).id
         for followed in self._collections.get(name, ()):
             if message.action == "delete":
                 followed.collection.deleted(record)
@@ -230,23 +241,24 @@ class Follower:
         elif entry.n > 0 and entry.server != self.server:  # of ours, the caches were told with the answer
             for due in feed.arrived(entry):
                 self._apply(feed, due)
-            if feed.is_waiting:
+            if feed.is_waiting or feed.behind_since is not None:
                 self._changed.set()
 
     def _beat_arrived(self, feed: Feed, entry: Entry) -> None:
-        feed.newest = max(feed.newest, entry.created)
+        feed.came(entry.created)
         if entry.server != self.server:
             for name, last in entries.beat.decode(entry.payload).last.items():
                 if name in self._logs and self._logs[name].feed.beat(entry.server, last):
                     self._changed.set()
             return
-        log, sent = self._sent.pop(entry.id, ("", 0.0))
-        if log not in self._read:
+        beat = self._sent.pop(entry.id, None)
+        if beat is None or feed.behind_since is not None:
             return
-        self._counters.lag(now() - sent)
+        self._is_dead = False
+        self._counters.lag(now() - beat.sent)
         for other in self._logs.values():
             if other.feed is feed or other.feed.is_proven:
-                other.feed.proven(sent)
+                other.feed.proven(beat.sent)
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():
@@ -255,8 +267,8 @@ class Follower:
     def _apply(self, feed: Feed, entry: Entry) -> None:
         name = self._homes.get(entry.layout)
         if name is None:
-            self._strangers.append((feed, entry))
-            feed.doubt()
+            self._strangers.append((feed, entry, now()))
+            self._settle_doubts()
             self._changed.set()
             return
         following = self._collections.get(name, ())
@@ -265,20 +277,31 @@ class Follower:
         self._counters.commits += 1
         try:
             payload = entries.payload.decode(entry.payload)
-        except msgspec.DecodeError:  # somebody has had a hand in the log
+            self._counters.changes += len(payload.c) + len(payload.u) + len(payload.d)
+            for followed in following:
+                if unclear := followed.collection.apply(entry.layout, payload):
+                    self._doubt(name, unclear)
+        except (msgspec.DecodeError, LookupError, TypeError, ValueError):  # somebody has had a hand in the log
+            self._log.warning("a commit cannot be read; what was cached is dropped", collection=name, id=entry.id)
             self._clear(following)
-            return
-        self._counters.changes += len(payload.c) + len(payload.u) + len(payload.d)
-        for followed in following:
-            if unclear := followed.collection.apply(entry.layout, payload):
-                self._doubt(name, unclear)
 
     def _doubt(self, name: str, records: Iterable[str]) -> None:
         """Somebody has changed these records, and what they hold now must be read."""
-        self._unclear.setdefault(name, set()).update(records)
-        for followed in self._collections.get(name, ()):
-            followed.feed.doubt()
+        unclear = self._unclear.setdefault(name, {})
+        for record in records:
+            unclear.setdefault(record, now())
+        self._settle_doubts()
         self._changed.set()
+
+    def _settle_doubts(self) -> None:
+        """Tell the feeds since when there is what could not be applied."""
+        since: dict[str, float] = {feed.log: at for feed, _, at in reversed(self._strangers)}
+        for name, records in (*self._unclear.items(), *self._clearing.items()):
+            oldest = next(iter(records.values()))  # they are in the order in which they came
+            for followed in self._collections.get(name, ()):
+                since[followed.feed.log] = min(oldest, since.get(followed.feed.log, oldest))
+        for log in self._logs.values():
+            log.feed.doubt(since.get(log.feed.log))
 
     def _clear(self, following: Iterable[_Followed]) -> None:
         """Nothing that is cached of these can be relied on."""
@@ -290,140 +313,179 @@ class Follower:
     async def _keep_up(self) -> None:
         while True:
             self._changed.clear()
-            try:
-                if (work := self._due()) is not None:
-                    await work
-                    continue
+            has_failed = has_read = False
+            for work in list(self._due()):
+                try:
+                    await work()
+                    has_read = True
+                except Exception as error:  # one log that is not there must not hold up the others
+                    has_failed = True
+                    tell = self._log.debug if isinstance(error, PBCachedError) else self._log.error
+                    tell("cannot catch up", reason=str(error) or repr(error))
+            if has_failed:
+                await asyncio.sleep(random.uniform(_PAUSE / 5, _PAUSE))
+            elif not has_read:
                 is_waiting = any(log.feed.is_waiting for log in self._logs.values())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PATIENCE if is_waiting else None):
                         await self._changed.wait()
-            except PBCachedError as error:
-                self._log.debug("cannot catch up", reason=str(error))
-                await asyncio.sleep(random.uniform(_PAUSE / 5, _PAUSE))
 
-    def _due(self) -> Coroutine[Any, Any, None] | None:
-        """The next thing to be read."""
+    def _due(self) -> Iterator[Callable[[], Awaitable[None]]]:
+        """What is to be read."""
         for name, log in self._logs.items():
-            if name not in self._read and f"{name}/*" in self._covered:
-                return self._catch_up(log)
-        if self._strangers:
-            return self._learn(*self._strangers[0])
-        if self._unclear:
-            return self._clear_up(next(iter(self._unclear)))
+            if log.feed.behind_since is not None and f"{name}/*" in self._covered:
+                yield partial(self._catch_up, log)
+        for stranger in self._strangers:
+            yield partial(self._learn, *stranger)
+        for name in self._unclear:
+            yield partial(self._clear_up, name)
         for log in self._logs.values():
             for gap in log.feed.overdue():
-                return self._look_up(log.feed, gap)
-        return None
+                yield partial(self._look_up, log.feed, gap)
 
     async def _catch_up(self, log: _Log) -> None:
         """Read what was missed of a log, then prove that nothing is any more."""
-        feed, losses = log.feed, self._losses
+        feed = log.feed
         if feed.newest and await self._is_another(log):
-            self._counters.epochs += 1
             self._log.warning("the log is not what it was; what was cached is dropped", log=feed.log)
-            feed.forget()
-        if not feed.newest:
+            self._begin_anew(feed)
+        losses = feed.losses
+        if not (feed.newest and self._sql):  # without SQL nobody knows what foreign hands have done meanwhile
             self._clear(self._of(feed))
-        else:
+        if feed.newest:
             self._counters.catch_ups += 1
             async for entry in self._pocketbase.since(feed.log, feed.newest):
-                if losses != self._losses:
+                if losses != feed.losses:
                     return
                 self._arrived(feed, entry)
         await self._look()
-        if losses == self._losses:
-            self._read.add(feed.log)
+        if losses == feed.losses:
+            feed.caught_up()
             await self._beat([feed.log])
 
     async def _is_another(self, log: _Log) -> bool:
         """Was the log restored from a backup, or is what was missed forgotten already?"""
-        if now() - self._lost_at > log.retained:
+        feed = log.feed
+        if feed.behind_since is not None and now() - feed.behind_since > log.retained:
             return True
-        receipt = self._receipts.get(log.feed.log)
-        return receipt is not None and not await self._pocketbase.has(log.feed.log, receipt)
+        receipt = self._receipts.get(feed.log)
+        return receipt is not None and not await self._pocketbase.has(*receipt)
+
+    def _begin_anew(self, feed: Feed) -> None:
+        """Nothing holds that was known by this log."""
+        self._counters.epochs += 1
+        self._receipts.pop(feed.log, None)
+        feed.forget()
+        for followed in self._of(feed):
+            followed.collection.restored()
+        self._changed.set()
 
     def _of(self, feed: Feed) -> list[_Followed]:
         return [each for following in self._collections.values() for each in following if each.feed is feed]
 
-    async def _learn(self, feed: Feed, entry: Entry) -> None:
+    async def _learn(self, feed: Feed, entry: Entry, since: float) -> None:
         """Another version of the application has written by a layout of its own."""
-        name = await self._pocketbase.collection_of(entry.layout) if self._sql else ""
+        name = self._homes.get(entry.layout, "")
+        if not name and self._sql:
+            name = await self._pocketbase.collection_of(entry.layout)
+        self._strangers.remove((feed, entry, since))
         if name:
             self._homes[entry.layout] = name
             self._apply(feed, entry)
         else:
             self._clear(self._of(feed))
-        self._strangers.pop(0)
         self._settle_doubts()
 
     async def _clear_up(self, name: str) -> None:
-        records = self._unclear.pop(name)
+        records = self._clearing[name] = self._unclear.pop(name)  # what comes from now on is read once more
         try:
             for followed in self._collections.get(name, ()):
-                rows = await followed.reader.by_ids(sorted(records))
-                for record in records:
-                    if record in rows:
-                        followed.collection.edited(rows[record])
-                    else:
-                        followed.collection.deleted(record)
+                try:
+                    rows = await followed.reader.by_ids(sorted(records))
+                    for record in records:
+                        if record in rows:
+                            followed.collection.edited(rows[record])
+                        else:
+                            followed.collection.deleted(record)
+                except SchemaError:  # whoever reads them is told
+                    followed.collection.cache.clear()
         except BaseException:
-            self._unclear.setdefault(name, set()).update(records)
+            later = self._unclear.get(name, {})
+            self._unclear[name] = records | {record: at for record, at in later.items() if record not in records}
             raise
-        self._settle_doubts()
-
-    def _settle_doubts(self) -> None:
-        if not self._unclear and not self._strangers:
-            for log in self._logs.values():
-                log.feed.doubt(False)
+        finally:
+            del self._clearing[name]
+            self._settle_doubts()
 
     async def _look_up(self, feed: Feed, gap: Gap) -> None:
         """Numbers are missing: read them, or learn that there are no such commits."""
         self._counters.gaps += 1
-        found = await self._pocketbase.numbered(feed.log, gap, feed.newest)
-        for entry in found:
+        losses = feed.losses
+        async for entry in self._pocketbase.numbered(feed.log, gap):
             self._arrived(feed, entry)
-        for due in feed.settle(gap):
-            self._apply(feed, due)
+        if losses == feed.losses:
+            for due in feed.settle(gap):
+                self._apply(feed, due)
 
     # the task that beats
 
     async def _keep_beating(self) -> None:
+        limit = self._settings.max_staleness
         for beats in itertools.count(1):
             await asyncio.sleep(self._settings.heartbeat)
-            homes = {log.home for log in self._logs.values() if log.home in self._read}
+            read = {name: log for name, log in self._logs.items() if log.feed.behind_since is None}
+            logs = {log.home for log in read.values() if log.home in read}
+            logs.update(name for name, log in read.items() if not log.feed.is_proven)
             try:
-                if homes:
-                    await asyncio.gather(self._beat(homes), self._look())
-                self._watch_over()
+                if logs:
+                    async with asyncio.timeout(limit):  # what is later proves nothing
+                        # Looked first: what foreign hands change after it may be as old as the last beat.
+                        await self._look()
+                        await self._beat(logs)
                 if beats % TRIM_EVERY == 0:
-                    await asyncio.gather(*(self._logs[home].trim() for home in homes))
-            except PBCachedError as error:
-                self._log.debug("no beat", reason=str(error))
+                    await asyncio.gather(*(log.trim() for log in read.values() if log.home == log.feed.log))
+            except (PBCachedError, TimeoutError) as error:
+                self._log.debug("no beat", reason=str(error) or f"no answer within {limit:g} s")
+            except Exception as error:
+                self._log.error("no beat", reason=repr(error))
+            self._watch_over()
 
     def _watch_over(self) -> None:
-        """Where PocketBase takes our beats, and the stream does not bring them, the stream is dead."""
+        """Where PocketBase takes our beats, and the stream does not bring them, the stream is dead. Tells the log
+        when caches cease to answer, and when they answer again."""
         limit = self._settings.max_staleness
-        if self._sent and now() - min(sent for _, sent in self._sent.values()) > limit:
+        if any(beat.taken is not None and now() - beat.taken > limit for beat in self._sent.values()):
             reason = f"what we commit does not come by the realtime stream within {limit:g} s"
-            self._log.warning("realtime stream is dead, replacing it", reason=reason)
+            tell = self._log.debug if self._is_dead else self._log.warning
+            tell("realtime stream is dead, replacing it", reason=reason)
+            self._is_dead = True
             self.lost(reason)
             self._stream.replace(reason)
+        if all(now() < log.feed.good_until for log in self._logs.values()):
+            self._good_at = now()
+            if self._is_said:
+                self._is_said = False
+                self._log.info("caches answer again")
+        elif not self._is_said and now() - self._good_at > limit:
+            self._is_said = True
+            self._log.warning("reads go to PocketBase: nothing proves that the caches are fresh", url=self._url)
 
     async def _beat(self, logs: Iterable[str]) -> None:
         await asyncio.gather(*(self._beat_by(log) for log in logs))
 
     async def _beat_by(self, log: str) -> None:
-        id_, losses = beat_id(), self._losses
+        feed, id_ = self._logs[log].feed, beat_id()
+        losses = feed.losses
         last = {name: each.last() for name, each in self._logs.items() if each.home == self._logs[log].home}
-        self._sent[id_] = (log, now())
-        is_taken = False
+        beat = self._sent[id_] = _Beat(log, now())
         try:
-            is_taken = await self._pocketbase.beat(log, id_, last)
+            if await self._pocketbase.beat(log, id_, last) and losses == feed.losses:
+                beat.taken = now()
+                for name, each in self._logs.items():
+                    if log in (name, each.home) and each.feed.behind_since is None:
+                        self._receipts[name] = log, id_
         finally:
-            if is_taken and losses == self._losses:
-                self._receipts[log] = id_
-            else:
+            if beat.taken is None:
                 self._sent.pop(id_, None)
 
     async def _look(self) -> None:
@@ -437,12 +499,13 @@ class Follower:
             if name in self._collections:
                 self._doubt(name, [record])
         for name in names:
-            if self._ids.setdefault(name, sight.collections.get(name, "")) != sight.collections.get(name, ""):
-                self._ids[name] = sight.collections.get(name, "")
+            identity = sight.collections.get(name, "")
+            if self._identities.setdefault(name, identity) == identity:
+                continue
+            self._identities[name] = identity
+            self._log.warning("a collection was made anew; what was cached of it is dropped", collection=name)
+            if name in self._logs:
+                self._begin_anew(self._logs[name].feed)
+            else:
                 self._counters.epochs += 1
-                self._log.warning("a collection was made anew; what was cached of it is dropped", collection=name)
-                if name in self._logs:
-                    self._logs[name].feed.forget()
-                    self._read.discard(name)
-                    self._changed.set()
                 self._clear(self._collections.get(name, ()))

@@ -36,7 +36,7 @@ class Sight(Struct, frozen=True):
     """What foreign hands have changed: collections and records."""
     last_edit: int
     collections: Mapping[str, str]
-    """PocketBase's ids of those that were asked for, by name."""
+    """Of those that were asked for, by name: what no other collection has, though it has the same name."""
 
 
 class Logs:
@@ -47,9 +47,15 @@ class Logs:
         self._server = server
         self._sql = Sql(client)
 
-    async def since(self, log: str, newest: str) -> AsyncIterator[Entry]:
-        """The commits from a little before that time on. Empty: from the beginning."""
-        where = f"created >= '{_earlier(newest)}' && n > 0" if newest else "n > 0"
+    def since(self, log: str, newest: str) -> AsyncIterator[Entry]:
+        """The commits from a little before that time on."""
+        return self._each(log, f"created >= '{_earlier(newest)}' && n > 0")
+
+    def numbered(self, log: str, gap: Gap) -> AsyncIterator[Entry]:
+        """The commits with these numbers, those that exist."""
+        return self._each(log, f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}")
+
+    async def _each(self, log: str, where: str) -> AsyncIterator[Entry]:
         last = ""
         while True:
             entries = await self._page(log, f"{where} && id > '{last}'")
@@ -58,11 +64,6 @@ class Logs:
             if len(entries) < PAGE:
                 return
             last = entries[-1].id
-
-    async def numbered(self, log: str, gap: Gap, newest: str) -> list[Entry]:
-        """The commits with these numbers, those that exist; as many as one page holds."""
-        where = f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}"
-        return await self._page(log, f"{where} && created >= '{_earlier(newest)}'" if newest else where)
 
     async def _page(self, log: str, where: str) -> list[Entry]:
         params: dict[str, str | int] = {"filter": where, "sort": "id", "perPage": PAGE, "skipTotal": 1}
@@ -91,24 +92,26 @@ class Logs:
 
         Args:
             after: the number of the edit that was seen last; None for the first look, which asks where they are.
+                Of a database that was restored from a backup the numbers are lower: then it is a first look too.
         """
         edits: list[tuple[str, str]] = []
-        if after is None:
-            rows = await self._sql.select(f"SELECT ifnull(max(n),0) FROM {triggers.EDITS}")
-            after = int(rows[0][0])
-        else:
-            while True:
-                rows = await self._sql.select(
-                    f"SELECT n, collection, record FROM {triggers.EDITS} WHERE n>{after} ORDER BY n LIMIT {_EDITS}"
-                )
-                edits += [(collection, record) for _, collection, record in rows]
-                after = int(rows[-1][0]) if rows else after
-                if len(rows) < _EDITS:
-                    break
         found: dict[str, str] = {}
         for some in _chunks(names):
-            rows = await self._sql.select(f"SELECT name, id FROM _collections WHERE name IN ({some})")
+            rows = await self._sql.select(
+                # Its id PocketBase makes of its name, so one that is made anew has the same.
+                f"SELECT name, id || ' ' || created FROM _collections WHERE name IN ({some}) "
+                f"UNION ALL SELECT '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
+            )
             found |= dict(rows)
+        last = int(found.pop("", 0))
+        if after is None or last < after:  # of another database, out of a backup, whose edits we do not know
+            return Sight(edits, last, found)
+        while after < last:
+            rows = await self._sql.select(
+                f"SELECT n, collection, record FROM {triggers.EDITS} WHERE n>{after} ORDER BY n LIMIT {_EDITS}"
+            )
+            edits += [(collection, record) for _, collection, record in rows]
+            after = int(rows[-1][0]) if rows else last
         return Sight(edits, after, found)
 
     async def collection_of(self, layout: str) -> str:
