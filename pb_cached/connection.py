@@ -124,23 +124,29 @@ class Connection:
         return SinglePath(self.client)
 
     def can_follow(self, committer: Committer) -> bool:
-        """Can others' commits to this log be followed? It takes a log that holds all that they have changed. Where
-        it cannot, that is logged, once."""
-        can = isinstance(committer.path, LogPath)
+        """Can others' commits to this log be followed? It takes a log. Where there is none, that is said, once."""
+        can = isinstance(committer.path, LogPath | BatchPath)
         if not (can or self._has_told):
             self._has_told = True
             self._log.warning(
-                "every read asks PocketBase: others' commits can be followed by the log path alone; where nobody "
-                'else writes, `mode = "exclusive"` under [coherence] has reads come from memory',
+                "every read asks PocketBase: others' writes cannot be followed where commits have no log; where "
+                'nobody else writes, `mode = "exclusive"` under [coherence] has reads come from memory',
                 path=committer.path.name,
             )
         return can
 
     def follow_log(self, committer: Committer, log: str, home: str) -> None:
         """Follow what others commit to this log, from the moment that it is subscribed on."""
-        assert self.follower is not None and isinstance(committer.path, LogPath)
         path = committer.path
-        self.follower.follow_log(log, home, lambda: path.last, self._config.writes.log_retention, committer.trim)
+        assert self.follower is not None and isinstance(path, LogPath | BatchPath)
+        self.follower.follow_log(
+            log,
+            home,
+            lambda: path.last,
+            self._config.writes.log_retention,
+            committer.trim,
+            is_whole=isinstance(path, LogPath),
+        )
 
     def cached(self, collection: str, layout: Layout, make: Callable[[], CachedReads]) -> CachedReads:
         """The cached reads of a collection, made by the first database that asks for them."""

@@ -43,10 +43,11 @@ from parlant.core.tools import ToolId
 
 from pb_cached import Config, PocketBaseServer, open_stores
 from pb_cached.cache.rules import PARLANT
-from pb_cached.config import CoherenceSettings, PocketBaseSettings, StoreSettings
+from pb_cached.config import CoherenceSettings, StoreSettings
 from pb_cached.errors import PBCachedError
 from pb_cached.stores import Stores
 from tests.conftest import EXCLUSIVE, DatabaseMaker
+from tests.faults import EVERY, FaultProxy, answer
 
 AGENT = AgentId("robin")
 VIP = TagId("vip")
@@ -739,30 +740,29 @@ async def test_data_of_a_newer_parlant_is_refused_with_store_versions_and_a_way_
 
 
 @pytest.mark.parametrize(
-    ("mode", "commit", "lines"),
-    [
-        (None, "batch", 1),
-        ("realtime", "batch", 1),
-        (None, "log", 0),
-        ("off", "batch", 0),
-        ("exclusive", "batch", 0),
-    ],
+    ("mode", "is_open", "lines"),
+    [(None, False, 1), ("realtime", False, 1), (None, True, 0), ("off", False, 0), ("exclusive", False, 0)],
 )
 async def test_where_others_cannot_be_followed_it_is_logged_once_that_every_read_asks(
     pocketbase: PocketBaseServer,
     prefix: str,
     caplog: pytest.LogCaptureFixture,
     mode: Any,
-    commit: Any,
+    is_open: bool,
     lines: int,
 ) -> None:
+    """As there is no log: PocketBase lets us neither use SQL nor switch the batch API on."""
     caplog.set_level(logging.INFO)
     settings = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
-    of = PocketBaseSettings(commit=commit)
-    config = Config(pocketbase=of, stores=settings, coherence=CoherenceSettings(mode=mode))
+    config = Config(stores=settings, coherence=CoherenceSettings(mode=mode))
     logger = logging.getLogger("test")
-    async with open_stores(config, logger=logger, connection_params=pocketbase.connection_params):
-        pass
+    async with FaultProxy(pocketbase.url) as proxy:
+        if not is_open:
+            for method, path in (("POST", "/api/sql"), ("GET", "/api/settings"), ("PATCH", "/api/settings")):
+                proxy.plan(method, path, answer(403), at=EVERY)
+        params = pocketbase.connection_params | {"url": proxy.url}
+        async with open_stores(config, logger=logger, connection_params=params):
+            pass
     assert caplog.text.count("every read asks PocketBase") == lines
     assert caplog.text.count('`mode = "exclusive"` under [coherence]') == lines
 

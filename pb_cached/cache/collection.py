@@ -301,15 +301,13 @@ class CollectionCache:
         Args:
             to: the partition that it is in now, where that is said.
         """
-        entry = self.entry(record)
-        if (entry is not None and entry.rev >= rev) or self._gone.get(record, 0) >= rev:
-            return
-        for reading in self._readings:
-            reading.altered[record] = rev, to
-        at = self._records.get(record)
-        if at is None:  # its creation may be late, and is then overtaken already
-            self._altered[record] = max(rev, self._altered.get(record, 0))
-        self._doubt(record, at, to)
+        entry, at = self.entry(record), self._records.get(record)
+        if not (entry is not None and entry.rev >= rev) and self._gone.get(record, 0) < rev:
+            for reading in self._readings:
+                reading.altered[record] = rev, to
+            if at is None:  # its creation may be late, and is then overtaken already
+                self._altered[record] = max(rev, self._altered.get(record, 0))
+            self._doubt(record, at, to)
         if at is None and to is None:
             self.watches.all_changed()
         else:

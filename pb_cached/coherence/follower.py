@@ -57,6 +57,7 @@ class _Log(Struct, frozen=True):
     last: Callable[[], int]
     retained: float
     trim: Callable[[], Awaitable[None]]
+    is_whole: bool
 
 
 class _Beat(Struct):
@@ -133,17 +134,20 @@ class Follower:
         last: Callable[[], int],
         retained: float,
         trim: Callable[[], Awaitable[None]],
+        *,
+        is_whole: bool,
     ) -> None:
         """Follow a log, if it is not followed already.
 
         Args:
-            home: the log by which its database's beats go.
-            last: tells the number that we have taken last.
-            retained: how long its entries are there, in seconds.
-            trim: forgets those that are older.
+            home: the log by which its database's beats go. last: tells the number that we have taken last.
+            retained: how long its entries are there, in seconds. trim: forgets those that are older. is_whole:
+            do its entries hold what they have changed, and do triggers note what foreign hands change? If
+                not, PocketBase's own events tell of both.
         """
         if log not in self._logs:
-            self._logs[log] = _Log(Feed(log, self._settings.max_staleness), home, last, retained, trim)
+            feed = Feed(log, self._settings.max_staleness)
+            self._logs[log] = _Log(feed, home, last, retained, trim, is_whole)
             self._topics_changed()
 
     def follow(self, log: str, collection: FollowedCollection, reader: RecordReader) -> Callable[[], bool]:
@@ -151,7 +155,8 @@ class Follower:
         feed = self._logs[log].feed
         name = collection.codec.collection
         self._collections.setdefault(name, []).append(_Followed(collection, reader, feed))
-        self._homes[collection.codec.commit_layout] = name
+        if layout := collection.codec.commit_layout:
+            self._homes[layout] = name
         self._topics_changed()
         return lambda: now() < feed.good_until
 
@@ -223,15 +228,23 @@ class Follower:
             self._arrived(log.feed, entries.entry.decode(message.record))
 
     def _edited(self, name: str, message: entries.Message) -> None:
-        """A foreign hand has written to a collection."""
-        self._counters.edits += 1
+        """A foreign hand has written to a collection; where logs do not hold what commits have changed, anybody
+        has, and who does so by us raises the revision."""
+        following = self._collections.get(name, ())
+        is_foreign = all(self._logs[followed.feed.log].is_whole for followed in following)
+        self._counters.edits += is_foreign
+        self._counters.changes += not is_foreign
         record = msgspec.json.decode(message.record, type=_Identified).id
-        for followed in self._collections.get(name, ()):
+        for followed in following:
             if message.action == "delete":
                 followed.collection.deleted(record)
                 continue
             try:
-                followed.collection.edited(followed.collection.codec.row(message.record))
+                row = followed.collection.codec.row(message.record)
+                if is_foreign:
+                    followed.collection.edited(row)
+                else:
+                    followed.collection.changed(row)
             except SchemaError:  # there is no telling what it holds
                 self._doubt(name, [record])
 
@@ -265,6 +278,9 @@ class Follower:
                 future.set_result(None)
 
     def _apply(self, feed: Feed, entry: Entry) -> None:
+        if not self._logs[feed.log].is_whole:  # PocketBase's own events tell
+            self._counters.commits += 1
+            return
         name = self._homes.get(entry.layout)
         if name is None:
             self._strangers.append((feed, entry, now()))
@@ -350,7 +366,7 @@ class Follower:
             self._log.warning("the log is not what it was; what was cached is dropped", log=feed.log)
             self._begin_anew(feed)
         losses = feed.losses
-        if not (feed.newest and self._sql):  # without SQL nobody knows what foreign hands have done meanwhile
+        if not (feed.newest and log.is_whole and self._sql):
             self._clear(self._of(feed))
         if feed.newest:
             self._counters.catch_ups += 1
@@ -422,6 +438,8 @@ class Follower:
         self._counters.gaps += 1
         losses = feed.losses
         async for entry in self._pocketbase.numbered(feed.log, gap):
+            if not self._logs[feed.log].is_whole:  # so what else has not come?
+                self._clear(self._of(feed))
             self._arrived(feed, entry)
         if losses == feed.losses:
             for due in feed.settle(gap):
@@ -490,7 +508,7 @@ class Follower:
 
     async def _look(self) -> None:
         """Has a foreign hand changed records, or made collections anew?"""
-        if not self._sql:
+        if not (self._sql and any(log.is_whole for log in self._logs.values())):
             return
         names = [*self._logs, *self._collections]
         sight = await self._pocketbase.look(names, self._last_edit)

@@ -194,9 +194,9 @@ def cache(config: Config, commits: Finding) -> Finding:
     """
     if not config.caches:
         return Finding("cache", "good", "off, as it is set: every read asks PocketBase")
-    if config.mode == "realtime" and not commits.found.startswith("log:"):
+    if config.mode == "realtime" and not commits.found.startswith(("log:", "batch:")):
         advice = 'Where nobody but one process writes, set mode = "exclusive" under [coherence]'
-        return Finding("cache", "weak", "off: others' commits can be followed by the log path alone", advice)
+        return Finding("cache", "weak", "off: others' writes cannot be followed where commits have no log", advice)
     size = f"{config.cache.max_bytes / MIB:g} MiB of it"
     return Finding("cache", "good", f"reads come from memory, {size}, in mode {config.mode}")
 
