@@ -31,8 +31,8 @@ from bench.writes import Ours
 from pb_cached import Config, PocketBaseServer, open_stores
 from pb_cached.coherence import Follower
 from pb_cached.coherence.entries import Entry, Payload
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CoherenceSettings, LoggingSettings
-from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.pocketbase.ids import new_id
 from pb_cached.stores import Stores
 

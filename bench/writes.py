@@ -9,6 +9,7 @@ each. Ratios come from rounds in which all take turns.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import tempfile
 import time
@@ -62,6 +63,7 @@ class Ours:
     def __init__(self, stores: Stores) -> None:
         self._store = stores.session_store
         self._sessions: list[SessionId] = []
+        self._titles = itertools.count()
         self.written = 0
 
     async def prepare(self) -> None:
@@ -75,6 +77,13 @@ class Ours:
             return await _writers(writers, events, lambda n: self._say(self._sessions[n % sessions]))
 
         return work
+
+    async def updates(self, updates: int) -> list[float]:
+        """One field of each session in turn."""
+        return await _writers(SESSIONS, updates, lambda n: self._rename(self._sessions[n]))
+
+    async def _rename(self, session: SessionId) -> None:
+        await self._store.update_session(session, {"title": f"title {next(self._titles)}"})
 
     async def _say(self, session: SessionId) -> None:
         await self._store.create_event(session, EventSource.CUSTOMER, EventKind.MESSAGE, "f" * 32, _DATA)
@@ -101,6 +110,7 @@ class Bare:
         self._http = http
         self._like = like
         self._number = 0
+        self._updated: list[str] = []
 
     async def prepare(self) -> None:
         found = (await self._http.get(f"/api/collections/{self._like}")).raise_for_status().json()
@@ -113,6 +123,32 @@ class Bare:
         (await self._http.post("/api/collections", json=body)).raise_for_status()
         batch = {"batch": {"enabled": True, "maxRequests": IN_A_BATCH + 2}}
         (await self._http.patch("/api/settings", json=batch)).raise_for_status()
+
+    async def updates(self, updates: int) -> list[float]:
+        """One field of each of some records in turn, in batches."""
+        records = "/api/collections/bare/records"
+        if not self._updated:
+            found = await self._http.get(records, params={"perPage": SESSIONS, "fields": "id"})
+            self._updated = [item["id"] for item in found.raise_for_status().json()["items"]]
+
+        async def slot(number: int) -> None:
+            for count in range(updates // SESSIONS // IN_FLIGHT):
+                requests = [
+                    {
+                        "method": "PATCH",
+                        "url": f"{records}/{id_}",
+                        "body": {"trace_id": f"{number} {count}", "rev+": 1},
+                    }
+                    for id_ in self._updated
+                ]
+                body = msgspec.json.encode({"requests": requests})
+                answer = await self._http.post(
+                    "/api/batch", content=body, headers={"Content-Type": "application/json"}
+                )
+                answer.raise_for_status()
+
+        await asyncio.gather(*(slot(number) for number in range(IN_FLIGHT)))
+        return []
 
     def _body(self) -> dict[str, Any]:
         self._number += 1
@@ -196,6 +232,9 @@ async def measure(rounds: int, events: int) -> tuple[dict[str, Result], list[str
             ("log", ours["log"].spread(SESSIONS), events),
             ("batch", ours["batch"].spread(SESSIONS), events),
             ("plain", plainly, events // 20),
+            ("bare batches of updates", bare.updates, events),
+            ("log, updates", ours["log"].updates, events),
+            ("batch, updates", ours["batch"].updates, events),
             ("bare single, 1 writer", bare.singles(1), events // 20),
             ("log, 1 writer", ours["log"].spread(1), events // 20),
             ("batch, 1 writer", ours["batch"].spread(1), events // 20),
@@ -229,6 +268,16 @@ def rows(of: dict[str, Result]) -> list[tuple[str, float, str]]:
         ("batch path / bare batches", of["batch"].rate / of["bare batches"].rate, ">= 0.45"),
         ("log path / plain adapter", of["log"].rate / of["plain"].rate, ">= 30"),
         ("batch path / plain adapter", of["batch"].rate / of["plain"].rate, ">= 15"),
+        (
+            "updates, log path / bare batches",
+            of["log, updates"].rate / of["bare batches of updates"].rate,
+            ">= 1.0",
+        ),
+        (
+            "updates, batch path / bare batches",
+            of["batch, updates"].rate / of["bare batches of updates"].rate,
+            ">= 0.45",
+        ),
         (
             "one writer's wait, log path / bare POST (p50)",
             of["log, 1 writer"].quantile(0.5) / of["bare single, 1 writer"].quantile(0.5),

@@ -14,7 +14,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
@@ -31,6 +31,8 @@ EMAIL_VARIABLE: Final = "POCKETBASE_ADMIN_EMAIL"
 PASSWORD_VARIABLE: Final = "POCKETBASE_ADMIN_PASSWORD"
 
 MIB: Final = 1024 * 1024
+STREAMING_INTERVAL: Final = 0.25
+"""Seconds. As often as Parlant's own listener looks for events."""
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Prefix = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,99}$")]
@@ -76,6 +78,8 @@ class StoreSettings(Section, frozen=True):
     variable_prefix: Prefix = "parlant_context_variables"
     customer_ids: Literal["unique", "stable"] = "unique"
     """`stable`: Parlant's own, derived from the content, which repeat after a restart."""
+    streaming_interval: Annotated[float, Meta(ge=0, le=60)] = STREAMING_INTERVAL
+    """Seconds that the chunks of a streamed message may be acknowledged before they are written; 0 writes each."""
     migrate: bool = False
     """May opening a store bring documents of older Parlant versions up to date?"""
 
@@ -141,7 +145,7 @@ class CoherenceSettings(Section, frozen=True):
     mode: Literal["realtime", "exclusive", "off"] | None = None
     """`realtime`: the cache follows what others commit. `exclusive`: nobody but this process writes, so the
     cache is never stale. `off`: every read goes to PocketBase. Unset: `exclusive` where `open_stores` starts a
-    PocketBase of its own, else `off`."""
+    PocketBase of its own, else `realtime`."""
     max_staleness: Seconds = 5.0
     """No answer from the cache is older, while PocketBase can be reached."""
     heartbeat: Seconds = 1.0
@@ -177,9 +181,14 @@ class Config(Section, frozen=True):
     logging: LoggingSettings = LoggingSettings()
 
     @property
+    def mode(self) -> Literal["realtime", "exclusive", "off"]:
+        """Of coherence, as it is where nobody knows better."""
+        return self.coherence.mode or "realtime"
+
+    @property
     def caches(self) -> bool:
         """Is anything kept in memory at all?"""
-        return self.coherence.mode in ("realtime", "exclusive") and self.cache.max_bytes > 0
+        return self.mode != "off" and self.cache.max_bytes > 0
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Config:
@@ -194,9 +203,11 @@ class Config(Section, frozen=True):
         source = path if path is not None else os.environ.get(CONFIG_VARIABLE) or None
         if source is None:
             return cls()
+        if not isinstance(source, str | os.PathLike):
+            raise ConfigError(f"the configuration: expected the path of a TOML file, not {type(source).__name__}")
         file = Path(source)
         try:
-            table = tomllib.loads(file.read_text("utf-8"))
+            table = tomllib.loads(file.read_text("utf-8-sig"))  # some editors begin a file with a mark
         except FileNotFoundError:
             asked = "" if path is not None else f" (named by {CONFIG_VARIABLE})"
             raise ConfigError(f"{file}{asked}: there is no such file; expected a TOML configuration") from None
@@ -295,6 +306,11 @@ def environment_is_silent() -> bool:
     )
 
 
+def exclusive(config: Config) -> Config:
+    """The same, for a PocketBase that nobody else writes to."""
+    return msgspec.structs.replace(config, coherence=msgspec.structs.replace(config.coherence, mode="exclusive"))
+
+
 def find_address(config: Config, params: Mapping[str, Any] | None = None) -> Address:
     """Where PocketBase is and how to sign in.
 
@@ -372,7 +388,7 @@ def _check_params(params: Mapping[str, Any] | None) -> None:
     for name, value in (params or {}).items():
         if name not in _PARAMS:
             raise ConfigError(
-                f"connection_params: unknown key '{name}'{_near(str(name), _PARAMS)}; "
+                f"connection_params: unknown key '{name}'{near(str(name), _PARAMS)}; "
                 f"expected some of {', '.join(_PARAMS)}"
             )
         if value is not None and not isinstance(value, str):
@@ -394,7 +410,7 @@ def _checked_url(url: str, source: str) -> str:
 
 def _secret_file(path: str, key: str) -> str:
     try:
-        secret = Path(path).read_text("utf-8").strip()
+        secret = Path(path).read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"pocketbase.{key}: {path} cannot be read: {type(error).__name__}") from error
     if not secret:
@@ -432,7 +448,7 @@ def _explained(problem: str, table: Mapping[str, Any]) -> str:
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text):
         known = tuple(field.name for field in msgspec.structs.fields(_section(key)))
         name = f"{key}.{unknown[1]}" if key else unknown[1]
-        return f"unknown key '{name}'{_near(unknown[1], known)}; expected some of {', '.join(known)}"
+        return f"unknown key '{name}'{near(unknown[1], known)}; expected some of {', '.join(known)}"
     if text.startswith("Invalid enum value"):
         text = f"{text}; expected one of {', '.join(_choices(key))}"
     text = text[:1].lower() + text[1:].replace("`object`", "a table").replace("`array`", "a list").replace(
@@ -470,6 +486,7 @@ def _choices(key: str) -> tuple[str, ...]:
     return get_args(literals[0])
 
 
-def _near(name: str, known: tuple[str, ...]) -> str:
+def near(name: str, known: Sequence[str]) -> str:
+    """A question after the known name that is most like this one, if any is."""
     match = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean '{match[0]}'?)" if match else ""

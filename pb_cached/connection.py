@@ -36,7 +36,8 @@ class Connection:
     """One PocketBase, as one event loop sees it.
 
     Mutable state: `_committers`, one per log, each made by the first who asks for it; `_caches`, one per
-    collection and schema (by another schema its documents are others), likewise.
+    collection and schema (by another schema its documents are others), likewise; `opened`, the collections that
+    were, as Parlant calls them.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Connection:
             users: counts the databases that it is open for.
         """
         self.users = users
+        self.opened: set[str] = set()
         self.client = client
         self.dialect = dialect
         self.schema = SchemaEditor(client, dialect, log)
@@ -54,10 +56,11 @@ class Connection:
         self._config = config
         self._log = log
         self._server = secrets.token_hex(6)
+        self._has_told = False
         self._committers: dict[str, asyncio.Task[Committer]] = {}
         self.follower = (
             Follower(client, self._server, config.coherence, dialect.sql, log)
-            if config.coherence.mode == "realtime" and config.caches
+            if config.mode == "realtime" and config.caches
             else None
         )
         self._caches: dict[tuple[str, Layout], CachedReads] = {}
@@ -121,14 +124,29 @@ class Connection:
         return SinglePath(self.client)
 
     def can_follow(self, committer: Committer) -> bool:
-        """Can others' commits to this log be followed? It takes a log that holds all that they have changed."""
-        return self.follower is not None and isinstance(committer.path, LogPath)
+        """Can others' commits to this log be followed? It takes a log. Where there is none, that is said, once."""
+        can = isinstance(committer.path, LogPath | BatchPath)
+        if not (can or self._has_told):
+            self._has_told = True
+            self._log.warning(
+                "every read asks PocketBase: others' writes cannot be followed where commits have no log; where "
+                'nobody else writes, `mode = "exclusive"` under [coherence] has reads come from memory',
+                path=committer.path.name,
+            )
+        return can
 
     def follow_log(self, committer: Committer, log: str, home: str) -> None:
         """Follow what others commit to this log, from the moment that it is subscribed on."""
-        assert self.follower is not None and isinstance(committer.path, LogPath)
         path = committer.path
-        self.follower.follow_log(log, home, lambda: path.last, self._config.writes.log_retention, committer.trim)
+        assert self.follower is not None and isinstance(path, LogPath | BatchPath)
+        self.follower.follow_log(
+            log,
+            home,
+            lambda: path.last,
+            self._config.writes.log_retention,
+            committer.trim,
+            is_whole=isinstance(path, LogPath),
+        )
 
     def cached(self, collection: str, layout: Layout, make: Callable[[], CachedReads]) -> CachedReads:
         """The cached reads of a collection, made by the first database that asks for them."""

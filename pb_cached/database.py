@@ -1,77 +1,43 @@
-"""Parlant's `DocumentDatabase` and `DocumentCollection` on PocketBase: the one place where reading meets writing.
-
-Semantics are those of Parlant's in-memory database (facts: parlant, section 5, last column): order by
-`creation_utc` and `id`, exact totals, cursors, "first inserted" wins, shallow merge, upsert. PocketBase narrows
-by filter, the compiled predicate decides.
-"""
-
-from __future__ import annotations
+"""Parlant's `DocumentDatabase` on PocketBase: opens collections, and closes what they share."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Generic, ParamSpec, Self, TypeVar, cast
+from typing import Any, Final, Self, cast
 
 import httpx
-import msgspec
-from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
 from parlant.core.persistence.document_database import (
     BaseDocument,
-    CollectionIndex,
-    CollectionSort,
-    DeleteResult,
     DocumentCollection,
     DocumentDatabase,
-    FindResult,
-    InsertResult,
     TDocument,
-    UpdateResult,
 )
 
-from pb_cached.cache.collection import CollectionCache, Rule
-from pb_cached.cache.predicate import compile_where
-from pb_cached.cache.rules import indexed_fields, rule_for
-from pb_cached.cache.stats import CollectionStats
-from pb_cached.cache.watches import Wake
-from pb_cached.coherence import FollowedCollection
+from pb_cached.cache.collection import Rule
+from pb_cached.cache.rules import PARLANT, indexed_fields, rule_for
+from pb_cached.collection import Caching, PocketBaseDocumentCollection
 from pb_cached.config import Config, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
     CollectionExists,
     CollectionNotFound,
     ConfigError,
-    InvalidDocument,
-    InvalidFilter,
     NotCommitted,
     PBCachedError,
-    RequestRejected,
-    SchemaError,
-    StaleRevision,
+    named,
 )
-from pb_cached.exact import Json, loads
 from pb_cached.migrations import Failures, Migration
-from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
-from pb_cached.pocketbase.commit import CommitPath, Operation, Reply
-from pb_cached.pocketbase.filters import FilterWriter
-from pb_cached.pocketbase.records import RecordReader
-from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec, document_collection
-from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads, WatchedCommits
-from pb_cached.reading.order import after, position
+from pb_cached.pocketbase.codec import RecordCodec
+from pb_cached.pocketbase.commit import CommitPath
+from pb_cached.pocketbase.schema import CollectionSpec, document_collection
 from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
-from pb_cached.writes import Committer, Overtaken, RecordChanges, State, log_of, shared_log, summary
+from pb_cached.writes import Committer, log_of, shared_log, summary
 from pb_cached.writes.logs import FAILURES
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 DEFAULT_PREFIX: Final = "parlant"
-
-_ATTEMPTS: Final = 1000
-"""How often an update looks for another match when the one it found was taken from it. Each time some other's
-change has succeeded."""
 
 
 class PocketBaseDocumentDatabase(DocumentDatabase):
@@ -108,9 +74,12 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             )
         self._config = checked_config(config) if config is not None else Config.load()
         self._address = find_address(self._config, connection_params)
+        if not isinstance(collection_prefix, str | None):
+            raise ConfigError(f"collection_prefix: expected a string, not {type(collection_prefix).__name__}")
         self._prefix = collection_prefix or DEFAULT_PREFIX
         self._http = http_client
         self._log = log_through(logger, self._config.logging)
+        self._held_back: list[Callable[[], Awaitable[None]]] = []
         self._entered = False
         self._exit_stack = AsyncExitStack()
         self._connection: Connection | None = None
@@ -153,10 +122,19 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         Raises:
             NotCommitted: writes were left when `close_timeout` had passed.
         """
+        try:
+            await self._submit_held_back()
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        self._held_back.clear()
         for collection in self._collections.values():
             collection.close()
         self._collections.clear()
         connection, self._connection = self._connection, None
+        if connection and connection.users() == 1:
+            self._warn_of_settings_without_effect(connection.opened)
         try:
             # The last one closes the committers themselves, which drains them and accounts for what is left.
             if connection and connection.users() > 1:
@@ -167,6 +145,16 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 await self._exit_stack.aclose()
             finally:
                 self._entered = False
+
+    def _warn_of_settings_without_effect(self, opened: Collection[str]) -> None:
+        """Those for collections that no database of the connection has opened. Any name may still come while it is
+        open, and Parlant's may belong to a store that this process does not have."""
+        for key, names in (("cache.warm", self._config.cache.warm), ("collections", self._config.collections)):
+            unknown = [name for name in names if name not in opened and name not in PARLANT]
+            if unknown:
+                self._log.warning(
+                    "settings had no effect: no such collection was opened", key=key, collections=named(unknown)
+                )
 
     async def _drain(self) -> None:
         timeout = self._config.writes.close_timeout
@@ -179,6 +167,10 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 f"closing took longer than {timeout:g} s: {left} writes are still on their way. "
                 "They may yet be committed, as other databases keep the connection open"
             ) from None
+
+    @property
+    def log(self) -> Log:
+        return self._log
 
     def stats(self) -> Stats:
         """What the cache holds and has done, over all and by collection, and what was committed. Costs next to
@@ -218,10 +210,20 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
     async def flush(self) -> None:
         """Return when every write submitted so far is decided."""
         self._opened()
+        await self._submit_held_back()
         await self._flush()
 
     async def _flush(self) -> None:
         await asyncio.gather(*(committer.flush() for committer in self._committers.values()))
+
+    def write_first(self, held_back: Callable[[], Awaitable[None]]) -> None:
+        """Have `flush`, and closing, wait for this before anything else: it submits what a store has acknowledged
+        but not submitted yet."""
+        self._held_back.append(held_back)
+
+    async def _submit_held_back(self) -> None:
+        for submit in self._held_back:
+            await submit()
 
     async def create_collection(self, name: str, schema: type[TDocument]) -> DocumentCollection[TDocument]:
         """Create a collection.
@@ -342,6 +344,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                 self._log,
             ).run()
         self._collections[name] = collection
+        connection.opened.add(name)
         if name in self._config.cache.warm:
             collection.warm_in_background()
         return collection
@@ -349,14 +352,9 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
     def _caching(self, rule: Rule, log: str, committer: Committer) -> Caching:
         """How a collection is cached, if it is. From now on its log is followed, if it must be."""
         connection = self._opened()
-        if not self._config.caches or self._config.coherence.mode != "realtime":
+        if not self._config.caches or self._config.mode != "realtime":
             return Caching(rule, self._config.caches)
         if not connection.can_follow(committer):
-            self._log.warning(
-                'every read goes to PocketBase: mode "realtime" follows the log path, and commits go by another',
-                log=log,
-                path=committer.path.name,
-            )
             return Caching(rule, False)
         home = shared_log(self._prefix)
         connection.follow_log(self._committers[home], home, home)
@@ -375,362 +373,3 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         spec = document_collection(self._prefix, name, BaseDocument)
         log, committer = await self._committer(name)
         return Failures(spec.name, await self._codec(spec, log, committer.path))
-
-
-class Caching(msgspec.Struct, frozen=True):
-    """How a collection is cached."""
-
-    rule: Rule
-    is_on: bool
-    """Else every read goes to PocketBase."""
-    follows: str | None = None
-    """The log that others commit to; None where nobody else writes."""
-
-
-class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocument]):
-    """A collection of documents. Every document it returns belongs to the caller."""
-
-    def __init__(
-        self,
-        spec: CollectionSpec,
-        codec: RecordCodec,
-        connection: Connection,
-        committer: Committer,
-        caching: Caching,
-        patience: float,
-        log: Log,
-    ) -> None:
-        """
-        Args:
-            patience: seconds for which an update is tried again that other servers overtake.
-        """
-        self.codec = codec
-        self.reader = RecordReader(connection.client, connection.dialect, codec)
-        self.filters = FilterWriter(codec.columns, connection.dialect)
-        self._spec = msgspec.structs.replace(spec, columns=codec.layout.declared)
-        self._connection = connection
-        self._committer = committer
-        self._log = log
-        make = partial(self._new_cache, caching)
-        self._cached = connection.cached(spec.name, codec.layout, make) if caching.is_on else None
-        self._reads: Reads = self._cached or self._direct(self.reader)
-        self._watched = self._cached or WatchedCommits(
-            caching.rule, partial(committer.follow, spec.name), partial(committer.unfollow, spec.name)
-        )
-        self._changes = RecordChanges(codec, self._record, self._apply, patience)
-        self._closed = False
-
-    def _direct(self, reader: RecordReader) -> DirectReads:
-        return DirectReads(self.codec, reader, self.filters, self._connection.dialect)
-
-    def _new_cache(self, caching: Caching) -> CachedReads:
-        connection, log, codec = self._connection, caching.follows, self.codec
-        cache = CollectionCache(caching.rule, connection.memory)
-        if log is None or connection.follower is None:
-            ready, may_answer, reader = _at_once, _always, self.reader
-        else:
-            ready = partial(connection.follower.caught_up, log)
-            may_answer = connection.follower.follow(log, FollowedCollection(cache, codec), self.reader)
-            reader = RecordReader(
-                connection.client, connection.dialect, codec, seen=lambda rows: reads.glimpsed(rows)
-            )
-        loader = Loader(cache, codec, self.reader, self.filters, ready, self._log)
-        settled = partial(self._committer.settled, self._spec.name)
-        reads = CachedReads(cache, loader, self._direct(reader), codec, settled, may_answer)
-        self._committer.follow(self._spec.name, reads)
-        return reads
-
-    def close(self) -> None:
-        """Take no more calls. What was submitted is committed all the same, and who watches is woken to see that
-        it is over."""
-        self._closed = True
-        self._watched.wake_all()
-
-    def stats(self) -> CollectionStats | None:
-        """What the collection's cache holds and has done; None where it has no cache."""
-        return self._cached.cache.snapshot() if self._cached else None
-
-    async def warm(self) -> None:
-        """Read the collection into its cache, the newest documents first, until it is there or the cache full."""
-        self._require_open()
-        if self._cached:
-            await self._read(self._cached.loader.warm)
-
-    def warm_in_background(self) -> None:
-        """The same, without waiting. That it fails is logged."""
-        if self._cached:
-            self._cached.loader.warm_in_background()
-
-    @property
-    def hears_everything(self) -> bool:
-        """Does a watch hear of all changes that reads show, or of this process's own alone?"""
-        return self._cached is not None
-
-    def watch(self, filters: Where, wake: Wake) -> Callable[[], None]:
-        """Call `wake` whenever a read with this filter may show something new. Until what is returned is called.
-
-        Watch first, then look, then wait: what has changed since the look has woken. `wake` must only note it.
-        What woke it is seen by the next read.
-        """
-        self._require_open()
-        return self._watched.watch(filters, wake)
-
-    async def find(
-        self,
-        filters: Where,
-        limit: int | None = None,
-        cursor: Cursor | None = None,
-        sort_direction: SortDirection | None = None,
-    ) -> FindResult[TDocument]:
-        """Documents in the order of `creation_utc`, then `id`.
-
-        Args:
-            limit: the most to return; None for all.
-            cursor: only those after it, in the order asked for.
-
-        Returns:
-            `total_count` counts all matches after the cursor, also those beyond the limit.
-
-        Raises:
-            InvalidFilter: an unknown operator or a malformed filter.
-        """
-        self._require_open()
-        _require_filter(filters)
-        if limit is not None and limit < 0:
-            raise InvalidFilter(f"limit must not be negative, got {limit}")
-        descending = sort_direction == SortDirection.DESC
-        where = after(filters, cursor, descending)
-        found = await self._read(self._reads.find, where, limit, descending)
-        has_more = found.total > len(found.documents)
-        last = found.documents[-1] if has_more and found.documents else None
-        return FindResult(
-            items=cast(Any, found.documents),
-            total_count=found.total,
-            has_more=has_more,
-            next_cursor=Cursor(creation_utc=position(last)[0], id=ObjectId(position(last)[1])) if last else None,
-        )
-
-    async def find_one(self, filters: Where, sort: CollectionSort | None = None) -> TDocument | None:
-        """The first match: in the order of `sort`, ties in the order of insertion; without it, the first inserted.
-
-        A value that is missing, or None, sorts before all others.
-
-        Raises:
-            InvalidFilter: as `find`.
-        """
-        self._require_open()
-        _require_filter(filters)
-        if sort:
-            return cast(TDocument | None, await self._read(self._reads.first_sorted, filters, sort))
-        match = await self._read(self._reads.first, filters)
-        return cast(TDocument, match.document) if match else None
-
-    async def exists(self, filters: Where) -> bool:
-        """Is there a match? What `find_one` tells too, at a fraction of its cost where the match is cached.
-
-        Raises:
-            InvalidFilter: as `find`.
-        """
-        self._require_open()
-        _require_filter(filters)
-        return await self._read(self._reads.exists, filters)
-
-    async def greatest(self, filters: Where, field: str) -> Json:
-        """The greatest value of a field among all matches; None where there is none.
-
-        Raises:
-            InvalidFilter: as `find`.
-        """
-        self._require_open()
-        _require_filter(filters)
-        return await self._read(self._reads.greatest, filters, field)
-
-    async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
-        """Create the indexes that are missing. One that PocketBase refuses is reported and left out."""
-        self._require_open()
-        specs = []
-        for index in indexes:
-            columns = []
-            for field, direction in index.fields:
-                column = self.codec.columns.get(field)
-                if column is None:
-                    raise InvalidFilter(f"collection '{self._spec.name}' has no field '{field}' to index")
-                columns.append((column.name, direction == SortDirection.DESC))
-            specs.append(IndexSpec(tuple(columns), index.unique))
-        await self._connection.schema.ensure_indexes(self._spec, specs)
-
-    async def insert_one(self, document: TDocument) -> InsertResult:
-        """Insert a document. Returns when PocketBase has committed it; the caller's object is not kept.
-
-        Raises:
-            InvalidDocument: keys are missing, or a value is not JSON. Nothing was written.
-            DocumentTooLarge: likewise.
-            UniqueViolation: a unique index refuses it.
-            OutcomeUnknown, PocketBaseUnavailable: see `Committer.write`.
-        """
-        await self._insert(document)
-        return InsertResult(acknowledged=True)
-
-    def insertion(self, document: Mapping[str, Json]) -> Operation:
-        """What inserts a document that the caller hands over: JSON, which nobody changes any more.
-
-        Raises:
-            DocumentTooLarge: nothing was written.
-        """
-        return self.codec.insert(document)
-
-    async def commit(self, operations: Sequence[Operation]) -> list[PBCachedError | None]:
-        """Commit operations in this order, as few commits as they fit into.
-
-        Returns:
-            For each of them why it failed, if it did: what `insert_one` would have raised.
-        """
-        self._require_open()
-        submitted = []
-        refusal: PBCachedError | None = None
-        for operation in operations:
-            try:
-                await self._committer.room()
-                submitted.append(self._committer.submit(operation))
-            except PBCachedError as error:
-                refusal = error
-                break
-        errors: list[PBCachedError | None] = []
-        for operation, outcome in zip(operations, submitted, strict=False):
-            try:
-                (reply,) = await outcome
-                await self._checked(operation, reply)
-            except PBCachedError as error:
-                errors.append(error)
-            else:
-                errors.append(None)
-        return errors + [refusal] * (len(operations) - len(errors))
-
-    async def update_one(self, filters: Where, params: TDocument, upsert: bool = False) -> UpdateResult[TDocument]:
-        """Merge `params` into the first match: the fields that it names, and no others.
-
-        Args:
-            upsert: insert `params`, which must then be a whole document, where nothing matches.
-
-        Returns:
-            The document as it was committed, other writers' changes to its other fields included.
-
-        Raises:
-            As `insert_one`, and InvalidFilter.
-        """
-        self._require_open()
-        _require_filter(filters)
-        _require_document(params)
-        params = cast(TDocument, snapshot(params))  # the caller may change it while the match is looked for
-        matches = compile_where(filters)
-        for _ in range(_ATTEMPTS):
-            since = self._changes.now
-            match = await self._read(self._reads.first, filters)
-            if match is None:
-                if not upsert:
-                    return UpdateResult(True, 0, 0, None)
-                inserted, reply = await self._insert(params)
-                return UpdateResult(True, 0, 0, cast(TDocument, self._left(inserted, reply)))
-            with suppress(Overtaken):
-                updated = await self._changes.make(_state(match), since, matches, cast(dict[str, Any], params))
-                return UpdateResult(True, 1, 1, cast(TDocument, updated))
-        raise StaleRevision(f"update in '{self._spec.name}': others were faster with every match", status=409)
-
-    async def delete_one(self, filters: Where) -> DeleteResult[TDocument]:
-        """Delete the first match.
-
-        Raises:
-            As `update_one`.
-        """
-        self._require_open()
-        _require_filter(filters)
-        matches = compile_where(filters)
-        for _ in range(_ATTEMPTS):
-            since = self._changes.now
-            match = await self._read(self._reads.first, filters)
-            if match is None:
-                return DeleteResult(True, 0, None)
-            with suppress(Overtaken):
-                deleted = await self._changes.make(_state(match), since, matches, None)
-                return DeleteResult(True, 1, cast(TDocument, deleted))
-        raise StaleRevision(f"delete in '{self._spec.name}': others were faster with every match", status=409)
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise PBCachedError(
-                f"collection '{self._spec.name}': its database is closed; open it again, and the collection"
-            )
-
-    # reading
-
-    async def _read(self, read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What a read gives. PocketBase refuses a filter over a column that somebody has taken away with the
-        reason that it gives to all it does not like, so the collection is looked at."""
-        try:
-            return await read(*args, **kwargs)
-        except RequestRejected as error:
-            if error.status == 400:
-                await self._connection.schema.require(self._spec)
-            raise
-
-    # writing
-
-    async def _insert(self, document: Mapping[str, Any]) -> tuple[Operation, Reply]:
-        self._require_open()
-        _require_document(document)
-        self.codec.require(document)
-        operation = self.codec.insert(snapshot(document))
-        return operation, await self._apply(operation)
-
-    def _left(self, operation: Operation, reply: Reply) -> dict[str, Json]:
-        """The document that an operation left."""
-        return self.codec.document(self.codec.row(reply.record)) if reply.record else loads(operation.document)
-
-    async def _record(self, record_id: str) -> Row | None:
-        """A record that others have changed, as it is now."""
-        row = (await self._read(self.reader.by_ids, [record_id])).get(record_id)
-        if self._cached:
-            self._cached.seen(record_id, row)
-        return row
-
-    async def _apply(self, operation: Operation) -> Reply:
-        (reply,) = await self._committer.write(operation)
-        return await self._checked(operation, reply)
-
-    async def _checked(self, operation: Operation, reply: Reply) -> Reply:
-        """PocketBase drops columns that a collection does not have, and says nothing. So its reply is looked at,
-        and where a column is missing it is added and the write repeated, before anybody is told that it is done.
-        """
-        if not reply.record or operation.method == "DELETE":
-            return reply
-        try:
-            self.codec.row(reply.record)
-        except SchemaError:
-            await self._connection.schema.ensure(self._spec, as_it_was=True)
-        else:
-            return reply
-        again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
-        (reply,) = await self._committer.write(again)
-        return reply
-
-
-def _always() -> bool:
-    return True
-
-
-async def _at_once() -> None:
-    return
-
-
-def _state(match: Match) -> State:
-    return State(match.record, match.rev, match.document)
-
-
-def _require_filter(filters: object) -> None:
-    if not isinstance(filters, Mapping):
-        raise InvalidFilter(f"a filter must be a mapping such as {{'id': {{'$eq': ...}}}}, not {filters!r:.60}")
-
-
-def _require_document(document: object) -> None:
-    if not isinstance(document, Mapping):
-        raise InvalidDocument(f"a document must be a mapping such as a dict, not {type(document).__name__}")

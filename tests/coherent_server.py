@@ -54,6 +54,8 @@ PREFIX: Final = "coherent"
 TAIL: Final = 8
 """Events that most reads of a list look at."""
 
+Commit = Literal["auto", "log", "batch"]
+
 
 class Work(Struct):
     """What a server is to do."""
@@ -70,6 +72,7 @@ class Work(Struct):
     history: str
     """The file that its history goes to."""
     broken: Literal["", "drops commits", "swaps commits"] = ""
+    commit: Commit = "auto"
 
 
 class Done(Struct):
@@ -87,11 +90,11 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
-def settings(mode: Literal["realtime", "off"] = "realtime") -> Config:
+def settings(mode: Literal["realtime", "off"] = "realtime", commit: Commit = "auto") -> Config:
     return Config(
         stores=StoreSettings(f"{PREFIX}_sessions", f"{PREFIX}_customers", f"{PREFIX}_variables"),
         coherence=CoherenceSettings(mode, max_staleness=MAX_STALENESS, heartbeat=HEARTBEAT, audit_interval=0),
-        pocketbase=PocketBaseSettings(retry_for=10.0),
+        pocketbase=PocketBaseSettings(commit=commit, retry_for=10.0),
         writes=WriteSettings(deadline=10.0),
         logging=LoggingSettings(level="error"),
     )
@@ -354,7 +357,7 @@ async def main(work: Work) -> None:
     sessions = await order()
     async with (
         httpx.AsyncClient(timeout=30) as http,
-        open_stores(settings(), connection_params=work.params, http_client=http) as stores,
+        open_stores(settings(commit=work.commit), connection_params=work.params, http_client=http) as stores,
     ):
         server = Server(work, sessions, stores)
         await caught_up(stores)

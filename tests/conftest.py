@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -71,9 +72,11 @@ def make_database(pocketbase: PocketBaseServer, prefix: str) -> DatabaseMaker:
 
     def make(**options: Any) -> PocketBaseDocumentDatabase:
         options.setdefault("collection_prefix", prefix)
-        options.setdefault("config", Config())
+        config = options.pop("config", Config())
+        if config.coherence.mode is None:  # else each of them would follow the others
+            config = msgspec.structs.replace(config, coherence=CoherenceSettings(mode="off"))
         params = options.pop("connection_params", pocketbase.connection_params)
-        return PocketBaseDocumentDatabase(options.pop("logger", None), params, **options)
+        return PocketBaseDocumentDatabase(options.pop("logger", None), params, config=config, **options)
 
     return make
 

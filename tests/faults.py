@@ -153,6 +153,17 @@ async def twice(exchange: Exchange) -> None:
     await exchange.forward()
 
 
+def again_later(seconds: float) -> Fault:
+    """Everything happens, and then PocketBase gets the request once more. Nobody is told the second answer."""
+
+    async def fault(exchange: Exchange) -> None:
+        await exchange.forward()
+        await asyncio.sleep(seconds)
+        await exchange.ask_in_vain()
+
+    return fault
+
+
 async def lost_by_gateway(exchange: Exchange) -> None:
     """PocketBase does what it is asked to, but whoever stands before it says 502."""
     await exchange.ask_in_vain()
@@ -280,6 +291,10 @@ class Gate:
         self.reached = asyncio.Event()
         self._opened = asyncio.Event()
 
+    @property
+    def is_open(self) -> bool:
+        return self._opened.is_set()
+
     def open(self) -> None:
         self._opened.set()
 
@@ -287,6 +302,17 @@ class Gate:
         self.reached.set()
         await self._opened.wait()
         await exchange.forward()
+
+
+class Withheld(Gate):
+    """PocketBase answers at once, but its answer arrives when this is opened."""
+
+    async def __call__(self, exchange: Exchange) -> None:
+        pieces = [piece async for piece in exchange.ask()]
+        self.reached.set()
+        await self._opened.wait()
+        for piece in pieces:
+            await exchange.send(piece)
 
 
 @dataclass

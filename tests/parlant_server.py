@@ -95,6 +95,7 @@ def _completes_a_turn(event: Any) -> bool:
 async def parlant_server(script: Script, **arguments: Any) -> AsyncIterator[RunningServer]:
     """Start `p.Server(**arguments)`, run the script in it, and stop it in order when the context ends."""
     p = sdk()
+    arguments.setdefault("nlp_service", lambda _: DeterministicNLP())
     port, tool_port = _free_ports()
     opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     serving: list[uvicorn.Server] = []
@@ -120,7 +121,6 @@ async def parlant_server(script: Script, **arguments: Any) -> AsyncIterator[Runn
             host="127.0.0.1",
             port=port,
             tool_service_port=tool_port,
-            nlp_service=lambda _: DeterministicNLP(),
             log_level=p.LogLevel.WARNING,
             **arguments,
         )

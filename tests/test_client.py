@@ -4,7 +4,9 @@ without giving a secret away (design: sections 3 and 9, rule 12)."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import re
 import socket
 import time
 import traceback
@@ -326,6 +328,117 @@ async def test_where_nothing_listens_the_error_names_the_url_in_time(make_client
             await make_client(credentials, url=url, retry_for=0.3).call("GET", "/api/health")
         assert not getattr(failure.value, "unanswered", None)
     assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize("credentials", [Credentials(token=Secret("token")), SOMEBODY], ids=["token", "password"])
+async def test_the_error_tells_why_there_was_no_answer(make_client: ClientMaker, credentials: Credentials) -> None:
+    url = unused_url()
+    said = f"{url} gave no usable answer within 1.5 s (ConnectError: connection refused)"
+    with pytest.raises(PocketBaseUnavailable, match=re.escape(said)):
+        await make_client(credentials, url=url, retry_for=1.5).call("GET", "/api/health")
+
+
+def caused_by(cause: BaseException) -> httpx.ConnectError:
+    """As httpx has it: the reason stands behind two others."""
+    error = httpx.ConnectError("All connection attempts failed")
+    error.__cause__ = OSError("All connection attempts failed")
+    error.__cause__.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (httpx.ConnectTimeout(""), "ConnectTimeout: timed out connecting"),
+        (httpx.ReadTimeout(""), "ReadTimeout: timed out waiting for the answer"),
+        (httpx.PoolTimeout(""), "PoolTimeout: timed out waiting for a connection of the HTTP client's pool"),
+        (caused_by(socket.gaierror(-2, "Name or service not known")), "ConnectError: the host name was not found"),
+        (
+            caused_by(ExceptionGroup("", [OSError(errno.ENETUNREACH, ""), OSError(errno.ECONNREFUSED, "")])),
+            "ConnectError: network is unreachable",
+        ),
+        (httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER]"), "ConnectError: [SSL: WRONG_VERSION_NUMBER]"),
+    ],
+)
+async def test_the_error_tells_what_the_operating_system_said(
+    token: str, error: httpx.RequestError, reason: str
+) -> None:
+    def fail(_: httpx.Request) -> httpx.Response:
+        raise error
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(fail)) as http:
+        address = Address("http://127.0.0.1:8090", Credentials(token=Secret(token)))
+        client = PocketBaseClient(http, address, PocketBaseSettings(retry_for=0.1), LOG)
+        with pytest.raises(PocketBaseUnavailable, match=re.escape(f"({reason})")):
+            await client.call("GET", "/api/health")
+
+
+async def test_an_opening_that_waits_says_so_at_once_and_once_more_and_when_it_is_over(
+    proxy: FaultProxy, token: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pb_cached.pocketbase.client.LASTING_SECONDS", 0.3)
+    caplog.set_level(logging.INFO)
+    address = Address(proxy.url, Credentials(token=Secret(token)))
+    told = asyncio.Event()
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "still" in record.getMessage():
+                told.set()
+
+    async def open_one() -> None:
+        async with connection_to(address, Config(), None, LOG):
+            pass
+
+    logging.getLogger("test").addHandler(listener := Told())
+    try:
+        async with proxy.down():
+            opening = asyncio.create_task(open_one())
+            await asyncio.wait_for(told.wait(), 20)
+        await opening
+    finally:
+        logging.getLogger("test").removeHandler(listener)
+    said = [message for message in caplog.messages if "answer" in message]
+    assert len(said) == 3, said
+    reason = f"(url={proxy.url} reason=ConnectError: connection refused"
+    assert f"PocketBase does not answer {reason})" in said[0]
+    assert f"PocketBase still does not answer {reason} seconds=" in said[1]
+    assert f"PocketBase answers again (url={proxy.url}" in said[2]
+
+
+async def test_hundreds_that_try_again_warn_once(token: str, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: httpx.Request) -> httpx.Response:
+        raise caused_by(OSError(errno.ECONNREFUSED, ""))
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(fail)) as http:
+        address = Address("http://127.0.0.1:8090", Credentials(token=Secret(token)))
+        client = PocketBaseClient(http, address, PocketBaseSettings(retry_for=0.5), LOG)
+        await asyncio.gather(*(client.send("GET", "/api/health") for _ in range(200)), return_exceptions=True)
+    assert [message for message in caplog.messages if "does not answer" in message] == [
+        "pb_cached: PocketBase does not answer (url=http://127.0.0.1:8090 reason=ConnectError: connection refused)"
+    ]
+
+
+@pytest.mark.parametrize(("cuts", "warnings"), [((1,), 0), ((1, 2), 1)])
+async def test_a_connection_that_is_cut_once_is_no_outage(
+    make_client: ClientMaker,
+    proxy: FaultProxy,
+    caplog: pytest.LogCaptureFixture,
+    cuts: tuple[int, ...],
+    warnings: int,
+) -> None:
+    """An idle one may be closed at any time."""
+    proxy.plan("GET", "/api/health", cut_before, at=cuts)
+    await make_client().call("GET", "/api/health")
+    assert caplog.text.count("does not answer") == warnings
+
+
+async def test_a_gateway_that_says_that_pocketbase_is_away_is_an_outage(
+    make_client: ClientMaker, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.plan("GET", "/api/health", answer(503), at=(1, 2, 3))
+    await make_client().call("GET", "/api/health")
+    assert caplog.text.count(f"does not answer (url={proxy.url} reason=status 503)") == 1
 
 
 async def test_the_deadline_holds_where_pocketbase_accepts_and_then_says_nothing(

@@ -24,6 +24,7 @@ from tests.checker import POCKETBASE, Op, check, key_of, rules
 from tests.coherent_server import (
     MAX_STALENESS,
     PREFIX,
+    Commit,
     Done,
     Historian,
     begun,
@@ -56,7 +57,7 @@ Meanwhile = Callable[["Servers"], Awaitable[Any]]
 class Servers:
     """The processes, and what they have left."""
 
-    def __init__(self, folder: Path, name: str, params: dict[str, str], bound: float) -> None:
+    def __init__(self, folder: Path, name: str, params: dict[str, str], bound: float, commit: Commit) -> None:
         self.sessions: list[str] = []
         self.history: list[Op] = []
         self.done: list[Done] = []
@@ -64,6 +65,7 @@ class Servers:
         self._folder = folder
         self._params = params
         self._bound = bound
+        self._commit: Commit = commit
         self._processes: list[asyncio.subprocess.Process] = []
 
     async def work(self, meanwhile: Meanwhile, broken: dict[int, str]) -> None:
@@ -71,7 +73,7 @@ class Servers:
         async with (
             AsyncExitStack() as stack,
             httpx.AsyncClient(timeout=30) as http,
-            open_stores(settings("off"), connection_params=self._params, http_client=http) as stores,
+            open_stores(settings("off", self._commit), connection_params=self._params, http_client=http) as stores,
         ):
             await self._start(stack, broken)
             setup = Historian("setup", self.passing, stores)
@@ -97,7 +99,7 @@ class Servers:
             work = {
                 "name": f"s{number}", "seed": number, "own": field, "params": self._params,
                 "passing": self.passing, "bound": self._bound, "history": str(self._folder / f"{number}.json"),
-                "broken": broken.get(number, ""),
+                "broken": broken.get(number, ""), "commit": self._commit,
             }  # fmt: skip
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tests.coherent_server", msgspec.json.encode(work).decode()),
@@ -132,9 +134,13 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
 @pytest.fixture
 def run(tmp_path: Path, prefix: str) -> Run:
     async def run_them(
-        params: dict[str, str], meanwhile: Meanwhile, broken: dict[int, str] | None = None, bound: float = BOUND
+        params: dict[str, str],
+        meanwhile: Meanwhile,
+        broken: dict[int, str] | None = None,
+        bound: float = BOUND,
+        commit: Commit = "auto",
     ) -> Servers:
-        servers = Servers(tmp_path, prefix, params, bound)
+        servers = Servers(tmp_path, prefix, params, bound, commit)
         await servers.work(meanwhile, broken or {})
         return servers
 
@@ -178,6 +184,22 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 async def test_servers_that_share_sessions_are_coherent(run: Run, pocketbase: PocketBaseServer) -> None:
     assert_coherent(await run(pocketbase.connection_params, nothing_happens))
+
+
+@pytest.mark.slow
+async def test_they_are_where_commits_are_batches(run: Run, own_pocketbase: PocketBaseServer) -> None:
+    """And PocketBase's own events tell what they have changed."""
+    assert_coherent(await run(own_pocketbase.connection_params, nothing_happens, commit="batch"))
+
+
+@pytest.mark.slow
+async def test_they_are_where_the_stream_of_batches_is_cut_again_and_again(
+    run: Run, own_pocketbase: PocketBaseServer
+) -> None:
+    async with FaultProxy(own_pocketbase.url) as proxy:
+        proxy.plan("GET", "/api/realtime", cut_at_piece(60), at=range(1, 13))
+        params = own_pocketbase.connection_params | {"url": proxy.url}
+        assert_coherent(await run(params, nothing_happens, commit="batch"))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import signal
@@ -386,6 +387,16 @@ async def test_a_commit_that_was_applied_is_never_reported_as_not_applied(
     assert await records.numbers() == [1, 2]
 
 
+async def test_a_commit_that_arrived_twice_is_not_taken_for_refused_when_its_receipt_cannot_be_read(
+    notes: DocumentCollection[Note], proxy: FaultProxy, records: Records, prefix: str
+) -> None:
+    proxy.plan("POST", COMMIT, twice)
+    proxy.plan("GET", f"/api/collections/{prefix}_log/records/", answer(500))
+    with pytest.raises(OutcomeUnknown):
+        await notes.insert_one(note("a"))
+    assert await records.notes() == {"a": 1}
+
+
 async def test_a_token_that_dies_between_two_attempts_leaves_the_outcome_unknown(
     notes: DocumentCollection[Note], proxy: FaultProxy, records: Records
 ) -> None:
@@ -397,6 +408,38 @@ async def test_a_token_that_dies_between_two_attempts_leaves_the_outcome_unknown
     with pytest.raises(OutcomeUnknown):
         await notes.insert_one(note("a"))
     assert await records.notes() == {"a": 1}
+
+
+async def test_updates_that_share_a_record_share_an_unknown_outcome(
+    through: Through, proxy: FaultProxy, records: Records, prefix: str
+) -> None:
+    """They were not refused, so none of them is to blame, and none is tried again by itself: it may be there."""
+    async with through(deadline=1.0) as database:
+        notes = await open_notes(database)
+        await notes.insert_one(note("a"))
+        gate = Gate()
+        proxy.plan("POST", COMMIT, gate)
+        proxy.plan("POST", COMMIT, cut_after, at=EVERY)
+        (first,) = await started(notes.update_one(by_id("a"), Note(extra_text="first")))
+        await gate.reached.wait()
+        reads = f"/api/collections/{prefix}_notes/records"
+        before = proxy.count("GET", reads)
+        conditional: Any = {**by_id("a"), "text": {"$eq": ""}}
+        others = await started(
+            notes.update_one(by_id("a"), Note(extra_text="new")),
+            notes.update_one(conditional, Note(text="second")),
+        )
+        while proxy.count("GET", reads) < before + 2:
+            await asyncio.wait(others, timeout=0.001)
+        await asyncio.gather(*(exchange.finished.wait() for exchange in proxy.matching("GET", reads)))
+        gate.open()
+        await first
+        for other in others:
+            with pytest.raises(OutcomeUnknown):
+                await other
+        proxy.forget_plans()
+        assert await records.notes() == {"a": 3}
+        assert await notes.find_one(by_id("a")) == {**note("a"), "text": "second", "extra_text": "new"}
 
 
 # a bad write fails alone
@@ -488,14 +531,54 @@ async def test_a_commit_of_more_requests_than_pocketbase_allows_is_halved(
     assert list(await records.notes()) == list(map(str, range(20)))
 
 
-@batch_only
-async def test_a_batch_api_that_was_switched_off_is_said_to_be(
-    notes: DocumentCollection[Note], records: Records
+async def test_a_batch_api_that_was_switched_off_is_switched_on_again(
+    make_database: DatabaseMaker, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with batch_settings(records, enabled=False):
-        with pytest.raises(RequestRejected, match="Batch requests are not allowed"):
-            await notes.insert_one(note("a"))
-    await notes.insert_one(note("b"))
+    async with make_database(config=writes(), logger=logging.getLogger("test")) as database:
+        notes = await open_notes(database)
+        others = await database.get_or_create_collection("others", Note, identity_loader_for(Note))
+        async with batch_settings(records, enabled=False):
+            await asyncio.gather(*(each.insert_one(note("a")) for each in (notes, others)))
+            assert (await records.http.get("/api/settings")).json()["batch"]["enabled"]
+    assert await records.notes() == {"a": 1}
+    assert [record["doc_id"] for record in await records.of("others")] == ["a"]
+    assert caplog.text.count("the batch API was switched off; it is on again") == 1
+
+
+@batch_only
+async def test_where_we_may_not_switch_the_batch_api_on_again_the_error_says_what_to_do(
+    make_database: DatabaseMaker, records: Records
+) -> None:
+    settings = PocketBaseSettings(commit="batch", manage_settings=False)
+    async with (
+        batch_settings(records, enabled=True),
+        make_database(config=Config(pocketbase=settings)) as database,
+    ):
+        notes = await open_notes(database)
+        async with batch_settings(records, enabled=False):
+            with pytest.raises(RequestRejected, match=r"manage_settings is false\); nothing was written\. Switch"):
+                await notes.insert_one(note("a"))
+        await notes.insert_one(note("b"))
+        assert await records.notes() == {"b": 1}
+
+
+@pytest.mark.parametrize("way", ["log"], indirect=True)
+async def test_the_log_path_goes_on_without_the_batch_api(make_database: DatabaseMaker, records: Records) -> None:
+    settings = PocketBaseSettings(commit="log", manage_settings=False)
+    async with (
+        batch_settings(records, enabled=True),
+        make_database(config=Config(pocketbase=settings)) as database,
+    ):
+        notes = await open_notes(database)
+        others = await database.get_or_create_collection("others", Note, identity_loader_for(Note))
+        async with batch_settings(records, enabled=False):
+            for round_ in range(2):
+                await asyncio.gather(
+                    *(each.insert_one(note(f"{n}{round_}")) for n in range(5) for each in (notes, others))
+                )
+    expected = [f"{n}{round_}" for round_ in range(2) for n in range(5)]
+    assert sorted(await records.notes()) == sorted(expected)
+    assert sorted(record["doc_id"] for record in await records.of("others")) == sorted(expected)
 
 
 @asynccontextmanager
@@ -590,7 +673,7 @@ async def test_trimming_removes_what_is_old_and_nothing_else(
     assert connection.dialect.batch is not None
     limits = msgspec.structs.replace(connection.dialect.batch, max_requests=6)
     dialect = msgspec.structs.replace(connection.dialect, sql=sql, batch=limits)
-    path = BatchPath(connection.client, dialect, connection.schema, log_collection(prefix), "server")
+    path = BatchPath(connection.client, dialect, connection.schema, log_collection(f"{prefix}_log"), "server")
     for id_ in (*old, *new):
         await records.http.post(f"/api/collections/{prefix}_log/records", json={"id": id_, "n": 1, "guard": id_})
     await path.trim(now - 3_600)

@@ -134,6 +134,27 @@ def test_the_remote_preset_needs_only_a_password(environment: Callable[..., None
     assert found.credentials == Credentials(email="parlant@example.com", password=Secret(SECRETS[1]))
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "name", "hint"),
+    [
+        ('[cache]\nwarm = ["sessions", "evnets"]', "cache.warm", "evnets", " (did you mean 'events'?)"),
+        ("[collections.Events]\nunique_ids = true", "collections.Events", "Events", " (did you mean 'events'?)"),
+        ("[collections.notes]", "collections.notes", "notes", ""),
+    ],
+)
+async def test_a_setting_for_a_collection_that_no_store_has_is_refused_by_name(
+    toml: TomlWriter, monkeypatch: pytest.MonkeyPatch, text: str, key: str, name: str, hint: str
+) -> None:
+    file = toml(text)
+    known = "expected some of sessions, events, customers, customer_tag_associations, variables, "
+    complaint = f"{key}: none of Parlant's three stores has a collection '{name}'{hint}; {known}"
+    monkeypatch.setenv("PB_CACHED_CONFIG", str(file))
+    for config, source in ((file, str(file)), (None, str(file)), (Config.load(file), "Config")):
+        with pytest.raises(ConfigError, match="^" + re.escape(f"{source}: {complaint}")):
+            async with open_stores(config, connection_params=PARAMS):
+                pass
+
+
 # --- the file ---------------------------------------------------------------------------------------------
 
 
@@ -250,6 +271,31 @@ def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
     (folder / "latin.toml").write_bytes("# Größe\n".encode("latin-1"))
     assert "cannot be read as UTF-8 text" in refusal(folder / "latin.toml")
     assert "cannot be read as UTF-8 text" in refusal(folder)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    """As Windows' editors write it."""
+    (folder / "marked.toml").write_text("[cache]\nmax_bytes = 7", "utf-8-sig")
+    assert Config.load(folder / "marked.toml").cache.max_bytes == 7
+    (folder / "wide.toml").write_text("[cache]\nmax_bytes = 7", "utf-16")
+    assert "cannot be read as UTF-8 text" in refusal(folder / "wide.toml")
+
+
+def test_a_secrets_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    (folder / "token").write_text(SECRETS[0], "utf-8-sig")
+    settings = PocketBaseSettings(url=HERE, admin_token_file=str(folder / "token"))
+    assert find_address(Config(pocketbase=settings)).credentials == Credentials(token=Secret(SECRETS[0]))
+
+
+def test_what_is_no_path_is_refused_as_a_configuration() -> None:
+    with pytest.raises(ConfigError, match="expected the path of a TOML file, not int"):
+        Config.load(cast(Any, 5))
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "x"])
+def test_a_port_that_cannot_be_is_refused(port: str) -> None:
+    with pytest.raises(ConfigError, match=f"expected a URL such as .*, got 'http://127.0.0.1:{port}'"):
+        find_url(Config(), {"url": f"http://127.0.0.1:{port}"})
 
 
 @pytest.mark.parametrize("key", ["admin_token", "admin_password"])

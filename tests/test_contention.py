@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
-import textwrap
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
@@ -22,6 +21,9 @@ from parlant.core.sessions import EventKind, EventSource, Session, _EventDocumen
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
 from pb_cached.config import CoherenceSettings, StoreSettings
 from pb_cached.stores import Stores
+from tests import appender
+from tests.appender import Appender
+from tests.audit import require_whole_commits
 from tests.conftest import EXCLUSIVE
 from tests.faults import FaultProxy, Gate
 
@@ -194,52 +196,41 @@ async def test_events_that_share_an_offset_already_are_no_reason_to_stop(
         assert [await say(stores, session), await say(stores, session)] == [0, 1]
 
 
-WRITER = textwrap.dedent(
-    """
-    import asyncio, sys
-    from parlant.core.sessions import EventKind, EventSource
-    from pb_cached import Config, open_stores
-    from pb_cached.config import StoreSettings
-
-    async def main(url, token, prefix, count, sessions):
-        stores = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
-        params = {"url": url, "admin_token": token}
-        async with open_stores(Config(stores=stores), connection_params=params) as opened:
-            print("ready", flush=True)
-            await asyncio.to_thread(sys.stdin.readline)
-            async def write(session):
-                for number in range(count):
-                    await opened.session_store.create_event(
-                        session, EventSource.CUSTOMER, EventKind.MESSAGE, "trace", number
-                    )
-            await asyncio.gather(*map(write, sessions))
-
-    asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5:]))
-    """
-)
-
-
 @pytest.mark.slow
-async def test_two_processes_at_full_speed_lose_nothing_and_share_no_offset(
-    open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str
+async def test_three_processes_at_full_speed_lose_nothing_share_no_offset_and_none_of_them_starves(
+    pocketbase: PocketBaseServer, prefix: str
 ) -> None:
-    count = 60
-    async with open_server(CoherenceSettings(mode="off")) as stores:
-        sessions = [await begin(stores) for _ in range(5)]
-        processes = [
-            await asyncio.create_subprocess_exec(
-                sys.executable, "-c", WRITER, pocketbase.url, pocketbase.connection_params["admin_token"], prefix,
-                str(count), *(session.id for session in sessions),
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    """Some sessions are everybody's, some a process's own."""
+    params = pocketbase.connection_params
+    async with (
+        open_stores(appender.config(prefix), connection_params=params) as stores,
+        AsyncExitStack() as stack,
+        httpx.AsyncClient(
+            base_url=pocketbase.url, headers={"Authorization": params["admin_token"]}, timeout=30
+        ) as http,
+    ):
+        shared, *own = [[(await begin(stores)).id for _ in range(3)] for _ in range(4)]
+        processes = await asyncio.gather(
+            *(
+                stack.enter_async_context(Appender.ready(pocketbase, prefix, *shared, *sessions))
+                for sessions in own
             )
-            for _ in range(2)
-        ]  # fmt: skip
-        for process in processes:
-            assert process.stdout is not None
-            assert await process.stdout.readline() == b"ready\n"
-        outcomes = await asyncio.wait_for(
-            asyncio.gather(*(process.communicate(b"\n") for process in processes)), timeout=120
         )
-        assert [process.returncode for process in processes] == [0, 0], outcomes
-        for session in sessions:
-            assert await offsets(stores, session) == list(range(2 * count))
+        for process in processes:
+            process.begin()
+        await asyncio.gather(*(process.during(2.0) for process in processes))
+        await asyncio.gather(*(process.end() for process in processes))
+        written = [len(process.acknowledged) for process in processes]
+        for session in (*shared, *itertools.chain.from_iterable(own)):
+            events = await stores.session_store.list_events(session)
+            assert all(map(appender.is_whole, events))
+            told = [
+                (offset, id_) for process in processes for of, offset, id_ in process.acknowledged if of == session
+            ]
+            assert sorted(told) == sorted((event.offset, event.id) for event in events)
+            assert sorted(offset for offset, _ in told) == list(range(len(told)))
+        assert min(written) >= sum(written) / 9, f"a third of a fair share is the least: {written}"
+        for process in processes:
+            of_shared = sum(of in shared for of, _, _ in process.acknowledged)
+            assert of_shared >= 3, "one who is too late again and again has its turn all the same"
+        await require_whole_commits(http, prefix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, TypedDict, cast
 
@@ -19,8 +20,8 @@ from parlant.core.persistence.document_database import (
 )
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CollectionSettings
-from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.errors import (
     AuthenticationFailed,
     CollectionExists,
@@ -35,7 +36,7 @@ from pb_cached.errors import (
 from pb_cached.pocketbase.records import Page
 from pb_cached.reading.order import position
 from tests.conftest import DatabaseMaker
-from tests.faults import FaultProxy, answer
+from tests.faults import FaultProxy, Withheld, answer
 
 
 class Item(TypedDict, total=False):
@@ -337,6 +338,37 @@ async def test_a_limit_of_nothing_counts(items: Items, inserted: int, has_more: 
 async def test_a_negative_limit_is_an_error(items: Items) -> None:
     with pytest.raises(InvalidFilter, match="-1"):
         await items.find({}, limit=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"limit": "3"}, "limit must be a whole number or None, not '3'"),
+        ({"limit": True}, "limit must be a whole number or None, not True"),
+        ({"limit": 2.0}, "limit must be a whole number or None, not 2.0"),
+        ({"cursor": "i00001"}, "cursor must be a Cursor, such as the next_cursor of the page before, or None"),
+        ({"cursor": ("2026-01-01", "i00001")}, "cursor must be a Cursor"),
+        ({"sort_direction": "DESC"}, "sort_direction must be SortDirection.ASC or SortDirection.DESC, not 'DESC'"),
+    ],
+)
+async def test_arguments_that_make_no_page_are_an_error_that_says_what_would(
+    items: Items, arguments: dict[str, Any], complaint: str
+) -> None:
+    await fill(items, 1)
+    with pytest.raises(InvalidFilter, match=re.escape(complaint)):
+        await items.find({}, **arguments)
+
+
+@pytest.mark.parametrize("sort", ["rank", 1, ["rank"], [("rank",)], [("rank", "ASC")], [(1, ASC)], {"rank": ASC}])
+async def test_what_is_no_order_is_an_error(items: Items, sort: Any) -> None:
+    await fill(items, 1)
+    with pytest.raises(InvalidFilter, match="SortDirection"):
+        await items.find_one({}, sort)
+
+
+def test_a_prefix_that_is_no_text_is_an_error(make_database: DatabaseMaker) -> None:
+    with pytest.raises(ConfigError, match="collection_prefix: expected a string, not int"):
+        make_database(collection_prefix=5)
 
 
 async def test_more_documents_than_pocketbase_pages_hold_are_all_found(items: Items) -> None:
@@ -783,3 +815,71 @@ async def test_what_is_no_document_is_refused_and_writes_nothing(items: Items, d
         with pytest.raises(InvalidDocument, match=f"not {type(document).__name__}"):
             await call
     assert (await items.find({})).items == [item(1)]
+
+
+# --- delete_many ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {},
+        {"rank": {"$gte": 120}},
+        {"$or": [{"rank": {"$lt": 3}}, {"name": {"$eq": "item 7"}}, {"rank": {"$lt": 2}}]},
+        {"notes": {"$eq": {"number": 5}}},  # no filter of PocketBase's can say that
+        {"id": {"$in": []}},
+    ],
+)
+async def test_delete_many_deletes_all_matches_and_nothing_else(items: Items, where: Any) -> None:
+    assert isinstance(items, PocketBaseDocumentCollection)
+    await asyncio.gather(*(items.insert_one(item(number)) for number in range(250)))
+    await items.find({})  # what is cached must be gone too
+    matches = ids(await items.find(where))
+    everything = ids(await items.find({}))
+    assert await items.delete_many(where) == len(matches)
+    assert ids(await items.find({})) == [id_ for id_ in everything if id_ not in matches]
+    assert await items.delete_many(where) == 0
+
+
+async def test_delete_many_leaves_what_does_not_match_any_more_and_takes_what_does_by_then(
+    two_servers: tuple[Items, Items],
+) -> None:
+    one, other = two_servers
+    assert isinstance(one, PocketBaseDocumentCollection)
+    await fill(one, *range(20), open=True)
+    closes = [other.update_one({"rank": {"$eq": n}}, change(open=False)) for n in range(0, 20, 2)]
+    renames = [one.update_one({"rank": {"$eq": n}}, change(name="renamed")) for n in range(20)]
+    deleted, *_ = await asyncio.gather(one.delete_many({"open": {"$eq": True}}), *closes, *renames)
+    left = (await other.find({})).items
+    assert deleted + len(left) == 20
+    assert all(not document["open"] for document in left)
+
+
+async def test_delete_many_takes_what_was_changed_while_it_was_read(
+    make_database: DatabaseMaker, pocketbase: PocketBaseServer, prefix: str
+) -> None:
+    async with (
+        FaultProxy(pocketbase.url) as proxy,
+        make_database(connection_params={**pocketbase.connection_params, "url": proxy.url}) as database,
+    ):
+        items = await items_of(database)
+        assert isinstance(items, PocketBaseDocumentCollection)
+        await fill(items, 1, 2, 3)
+        withheld = Withheld()
+        proxy.plan("GET", f"/api/collections/{prefix}_items/records", withheld)
+        deletion = asyncio.create_task(items.delete_many({"rank": {"$lt": 9}}))
+        await withheld.reached.wait()
+        await items.update_one({"rank": {"$eq": 1}}, change(name="renamed"))
+        await items.update_one({"rank": {"$eq": 2}}, change(rank=10))
+        withheld.open()
+        assert await deletion == 2
+        assert ids(await items.find({})) == ["i00002"]
+
+
+async def test_many_who_delete_many_share_the_documents(two_servers: tuple[Items, Items]) -> None:
+    one, other = two_servers
+    assert isinstance(one, PocketBaseDocumentCollection) and isinstance(other, PocketBaseDocumentCollection)
+    await asyncio.gather(*(one.insert_one(item(number)) for number in range(300)))
+    counts = await asyncio.gather(*(items.delete_many({}) for items in (one, other, one, other)))
+    assert sum(counts) == 300
+    assert (await other.find({})).total_count == 0

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from parlant.adapters.db.transient import TransientDocumentDatabase
-from parlant.core.persistence.common import SortDirection, Where
+from parlant.core.common import Version
+from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
 from parlant.core.persistence.document_database import DocumentCollection, identity_loader_for
 
 from pb_cached import Config, PocketBaseDocumentDatabase
 from pb_cached.cache.predicate import compile_where
 from pb_cached.config import CollectionSettings
-from pb_cached.reading.order import after, position
+from pb_cached.reading.order import position
 from tests.conftest import DatabaseMaker
 from tests.strategies import (
     FIELDS,
@@ -205,6 +206,57 @@ def test_any_sequence_of_operations_answers_as_parlants_own(
     run_state_machine_as_test(Machine, settings=settings(BOUNDED, max_examples=40, stateful_step_count=25))
 
 
+class Timeless(TypedDict, total=False):
+    id: ObjectId
+    version: Version.String
+    kind: str
+
+
+class Timed(Timeless, total=False):
+    creation_utc: str
+
+
+@pytest.mark.parametrize("direction", [SortDirection.ASC, SortDirection.DESC])
+@pytest.mark.parametrize("schemas", [(Timeless,), (Timeless, Timed), (Timed,)], ids=["never", "later", "always"])
+async def test_documents_without_a_time_are_on_some_page_whenever_the_time_was_declared(
+    make_database: DatabaseMaker, cache: Mapping[str, Any], schemas: tuple[Any, ...], direction: SortDirection
+) -> None:
+    config = Config(collections={"papers": CollectionSettings(partition_by="kind")}, **cache)
+    oracle: Any = await TransientDocumentDatabase().create_collection("papers", Timeless)
+    where = cast(Where, {"kind": {"$eq": "a"}})
+
+    def paper(number: int, **fields: Any) -> Any:
+        return {"id": f"p{number:02}", "version": "1.0.0", "kind": "a"} | fields
+
+    for round_, schema in enumerate(schemas):
+        async with make_database(config=config) as database:
+            ours = await database.get_or_create_collection("papers", schema, identity_loader_for(schema))
+            for number in range(20 * round_, 20 * round_ + 9):
+                # A document of a schema that declares the time has one, but it may be None.
+                times: list[dict[str, Any]] = [
+                    {"creation_utc": f"2026-01-0{number % 2 + 1}"},
+                    {"creation_utc": ""},
+                ]
+                nothing: dict[str, Any] = {"creation_utc": None} if schema is Timed else {}
+                fields = [*times, nothing][number % 3]
+                await ours.insert_one(paper(number, **fields))
+                told = {k: v for k, v in fields.items() if v is not None}  # Parlant takes None for the text "None"
+                await oracle.insert_one(paper(number, **told))
+            for filters in (where, cast(Where, {})):
+                for limit in (1, 2, 5):
+                    cursor: Cursor | None = None
+                    while True:
+                        page = await ours.find(filters, limit, cursor, direction)
+                        theirs = await oracle.find(filters, limit, cursor, direction)
+                        assert [document["id"] for document in page] == [document["id"] for document in theirs]
+                        assert (page.total_count, page.has_more, page.next_cursor) == (
+                            theirs.total_count, theirs.has_more, theirs.next_cursor,
+                        )  # fmt: skip
+                        cursor = page.next_cursor
+                        if cursor is None:
+                            break
+
+
 displaced_documents = st.tuples(wild_documents, st.none() | st.integers() | st.sampled_from(SURROGATES)).map(
     lambda drawn: {**drawn[0], "creation_utc": drawn[1]}
 )
@@ -277,9 +329,10 @@ def test_any_filter_finds_what_the_predicate_finds(
         cursor = None
         for _ in range(3):
             page = runner.run(collection.find(where, limit, cursor, direction))
-            matches = compile_where(after(cast(Where, where), cursor, descending))
-            rest = [document for document in documents if matches(document)]
-            rest.sort(key=position, reverse=descending)
+            rest = sorted(expected, key=position, reverse=descending)
+            if cursor is not None:
+                at = (cursor.creation_utc, cursor.id)
+                rest = [d for d in rest if (position(d) < at if descending else position(d) > at)]
             assert (page.total_count, page.has_more) == (len(rest), len(rest) > limit)
             assert len(page.items) == min(limit, len(rest))
             assert all(map(same_document, page.items, rest))

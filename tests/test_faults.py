@@ -18,6 +18,7 @@ from tests.faults import (
     FaultProxy,
     Gate,
     Valve,
+    again_later,
     answer,
     cut_after,
     cut_at_piece,
@@ -110,6 +111,16 @@ async def test_a_request_delivered_twice_gets_the_second_answer(
     assert (await http.post(RECORDS, json=account)).status_code == 400
     assert await number_of(http, account) == 1
     assert proxy.count("POST", RECORDS) == 1
+
+
+async def test_a_request_that_comes_again_later_gets_the_first_answer(
+    proxy: FaultProxy, http: httpx.AsyncClient, account: dict[str, str]
+) -> None:
+    proxy.plan("POST", RECORDS, again_later(0.05))
+    assert (await http.post(RECORDS, json=account)).status_code == 200
+    assert await number_of(http, account) == 1
+    await proxy.exchanges[0].finished.wait()
+    assert proxy.exchanges[0].status == 400
 
 
 async def test_a_gateway_can_lose_an_answer(

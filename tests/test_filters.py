@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 import pytest
-from parlant.core.persistence.common import Cursor, ObjectId, Where
+from parlant.core.persistence.common import Where
 
 from pb_cached.pocketbase.codec import RecordCodec
 from pb_cached.pocketbase.dialect import BatchLimits, Dialect
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.forms import RecordForm
 from pb_cached.pocketbase.schema import Layout, columns_of
-from pb_cached.reading.order import after
+from pb_cached.reading.order import beyond
 from tests.strategies import Sample
 
 COLUMNS = RecordCodec("samples", Layout(columns_of(Sample), ()), 1_000_000, RecordForm()).columns
@@ -97,8 +97,8 @@ def test_a_last_backslash_cannot_be_said_where_backslashes_are_not_escaped() -> 
 @pytest.mark.parametrize("writer", [NEWEST, OLDEST])
 @pytest.mark.parametrize("descending", [False, True])
 def test_a_cursor_can_be_said(writer: FilterWriter, descending: bool) -> None:
-    at = Cursor("2026-01-01T00:00:00.000000+00:00", ObjectId("it's"))
-    where = after({"name": {"$eq": "x"}, "title": {"$ne": "it's"}}, at, descending)
+    at = ("2026-01-01T00:00:00.000000+00:00", "it's")
+    where = beyond({"name": {"$eq": "x"}, "title": {"$ne": "it's"}}, at, descending)
     assert writer.is_exact(where)
 
 

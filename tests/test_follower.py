@@ -24,8 +24,8 @@ from pb_cached.coherence import Follower, feed, logs
 from pb_cached.coherence import follower as following
 from pb_cached.coherence.feed import now
 from pb_cached.coherence.stats import CoherenceStats
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CoherenceSettings, CollectionSettings
-from pb_cached.database import PocketBaseDocumentCollection
 from pb_cached.errors import SchemaError
 from pb_cached.pocketbase.realtime import RealtimeStream, Timing
 from tests.faults import EVERY, FaultProxy, Valve, answer, delay

@@ -39,8 +39,8 @@ from parlant.core.sessions import (
 
 from pb_cached import Config, PocketBaseServer, open_stores
 from pb_cached.config import StoreSettings
-from pb_cached.errors import PBCachedError
-from pb_cached.stores import PocketBaseSessionListener, PocketBaseSessionStore, Stores
+from pb_cached.errors import ConfigError, PBCachedError
+from pb_cached.stores import PocketBaseSessionStore, Stores
 from pb_cached.stores import listener as listening
 from tests.conftest import CACHES, EXCLUSIVE
 from tests.parlant_server import parlant_server
@@ -374,11 +374,9 @@ async def test_a_look_that_fails_is_an_error_to_those_who_wait_and_to_nobody_els
     assert await wait.listener.wait_for_more_events(session.id)
 
 
-async def test_only_sessions_in_pocketbase_can_be_listened_to() -> None:
-    async with PocketBaseSessionStore(TransientDocumentDatabase()) as store:
-        session = await store.create_session(CustomerId("ida"), AgentId("robin"))
-        with pytest.raises(PBCachedError, match="PocketBaseDocumentDatabase"):
-            await PocketBaseSessionListener(store).wait_for_more_events(session.id)
+def test_a_session_store_takes_no_other_database_than_ours() -> None:
+    with pytest.raises(ConfigError, match="needs a PocketBaseDocumentDatabase, not a TransientDocumentDatabase"):
+        PocketBaseSessionStore(TransientDocumentDatabase())  # type: ignore[arg-type]
 
 
 questions = st.fixed_dictionaries(

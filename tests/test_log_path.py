@@ -507,6 +507,24 @@ async def test_a_column_in_use_cannot_be_removed_and_a_renamed_one_comes_back_wi
         await works(notes, 4)
 
 
+async def test_a_renamed_column_stops_no_other_collection(
+    database: PocketBaseDocumentDatabase, notes: DocumentCollection[Note], dashboard: Dashboard
+) -> None:
+    """A trigger made anew, under the name that the column had, would stop every commit of the log."""
+
+    def renamed(collection: dict[str, Any]) -> None:
+        for field in collection["fields"]:
+            field["name"] = {"text": "words"}.get(field["name"], field["name"])
+
+    (await dashboard.change_collection(renamed)).raise_for_status()
+    others: DocumentCollection[Note] = await database.get_or_create_collection(
+        "others", Note, identity_loader_for(Note)
+    )
+    await works(others, 1)
+    await notes.insert_one(note(2))
+    assert (await dashboard.records())["n2"]["words"] == "note 2"
+
+
 async def test_a_deleted_collection_fails_its_own_writes_and_no_others(
     database: PocketBaseDocumentDatabase, notes: DocumentCollection[Note], dashboard: Dashboard
 ) -> None:

@@ -450,7 +450,8 @@ class Requests:
 
 def config_for(prefix: str, *, migrate: bool = True) -> Config:
     names = {f"{store}_prefix": f"{prefix}_{store}" for store in ("session", "customer", "variable")}
-    return msgspec.convert({"stores": {**names, "migrate": migrate}}, Config)
+    settings = {"stores": {**names, "migrate": migrate}, "coherence": {"mode": "off"}}
+    return msgspec.convert(settings, Config)
 
 
 def event(version: str, number: int) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from parlant.core.tags import TagDocumentStore, TagId
 from parlant.core.tools import ToolId
 
 from pb_cached import Config, PocketBaseServer
-from pb_cached.database import PocketBaseDocumentCollection
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.pocketbase.schema import column_name
 from tests.conftest import DatabaseMaker
 

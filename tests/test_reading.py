@@ -4,6 +4,7 @@ what a reader has been given before (design: section 5, rules 3, 8 and 9)."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypedDict, cast
@@ -77,7 +78,7 @@ class Scene:
         self.proxy = proxy
         self.lines = lines
         self.path = f"/api/collections/{prefix}_events/records"
-        self.commits = f"/api/collections/{prefix}_log/records?"
+        self.commits = f"/api/collections/{prefix}_events_log/records?"
 
     @property
     def stats(self) -> CollectionStats:
@@ -525,6 +526,28 @@ async def test_a_collection_can_be_warmed_when_it_is_opened(make: SceneMaker) ->
                 break
             await asyncio.sleep(0.01)
     assert await warm.asks(warm.numbers()) == (0, [0, 1, 2])
+
+
+async def test_settings_for_collections_that_nobody_opened_are_told_once_at_the_end(
+    make_database: DatabaseMaker, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any name may come, as long as a database is open; and Parlant's may belong to another process."""
+    config = Config(
+        cache=CacheSettings(warm=("events", "lines", "liens")),
+        collections={
+            "variables": CollectionSettings(),
+            "lines": CollectionSettings(),
+            "leins": CollectionSettings(),
+        },
+    )
+    options = {"config": config, "logger": logging.getLogger("test")}
+    one, other = (make_database(collection_prefix=f"{prefix}_{name}", **options) for name in ("a", "b"))
+    async with one, other:
+        await one.get_or_create_collection("lines", Line, identity_loader_for(Line))
+    told = [record.message for record in caplog.records if "no effect" in record.message]
+    assert [message.partition("(")[2] for message in told] == [
+        "key=cache.warm collections='liens')", "key=collections collections='leins')",
+    ]  # fmt: skip
 
 
 async def test_a_collection_that_is_not_open_cannot_be_warmed(scene: Scene) -> None:

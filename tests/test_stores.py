@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version as installed
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from parlant.adapters.db.transient import TransientDocumentDatabase
 from parlant.core.agents import AgentId
-from parlant.core.common import IdGenerator, ItemNotFoundError
+from parlant.core.common import IdGenerator, ItemNotFoundError, Version
 from parlant.core.context_variables import (
     ContextVariable,
     ContextVariableDocumentStore,
@@ -32,16 +35,19 @@ from parlant.core.context_variables import (
 from parlant.core.customers import Customer, CustomerDocumentStore, CustomerId
 from parlant.core.guidelines import GuidelineId
 from parlant.core.journeys import JourneyId
-from parlant.core.persistence.common import SortDirection
+from parlant.core.persistence.common import ServerOutdated, SortDirection
+from parlant.core.persistence.document_database_helper import MetadataDocument, load_metadata_document
 from parlant.core.sessions import AgentState, Event, EventKind, EventSource, Session, SessionDocumentStore
 from parlant.core.tags import TagId
 from parlant.core.tools import ToolId
 
 from pb_cached import Config, PocketBaseServer, open_stores
-from pb_cached.config import StoreSettings
+from pb_cached.cache.rules import PARLANT
+from pb_cached.config import CoherenceSettings, StoreSettings
 from pb_cached.errors import PBCachedError
 from pb_cached.stores import Stores
-from tests.conftest import EXCLUSIVE
+from tests.conftest import EXCLUSIVE, DatabaseMaker
+from tests.faults import EVERY, FaultProxy, answer
 
 AGENT = AgentId("robin")
 VIP = TagId("vip")
@@ -694,6 +700,71 @@ async def test_the_stores_tell_what_their_caches_have_done(pocketbase: PocketBas
     assert {"variables", "values"} < after.variables.collections.keys()
     with pytest.raises(PBCachedError, match="not open"):
         stores.stats()
+
+
+async def test_the_collections_that_settings_may_name_are_those_of_the_stores(
+    pocketbase: PocketBaseServer, prefix: str
+) -> None:
+    settings = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
+    config = Config(stores=settings, coherence=EXCLUSIVE)
+    async with open_stores(config, connection_params=pocketbase.connection_params) as stores:
+        told = stores.stats()
+    assert {*told.sessions.collections, *told.customers.collections, *told.variables.collections} == {*PARLANT}
+
+
+@pytest.mark.parametrize(
+    ("store", "at", "knows"),
+    [("sessions", "PocketBaseSessionStore", "0.9.0"), ("customers", "PocketBaseCustomerStore", "0.1.0"),
+     ("variables", "PocketBaseContextVariableStore", "0.3.0")],
+)  # fmt: skip
+async def test_data_of_a_newer_parlant_is_refused_with_store_versions_and_a_way_out(
+    pocketbase: PocketBaseServer, prefix: str, make_database: DatabaseMaker, store: str, at: str, knows: str
+) -> None:
+    settings = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
+    params = pocketbase.connection_params
+    async with open_stores(Config(stores=settings), connection_params=params):
+        pass
+    async with make_database(collection_prefix=f"{prefix}_{store}") as database:
+        metadata = await database.get_or_create_collection("metadata", MetadataDocument, load_metadata_document)
+        await metadata.update_one({}, {"version": Version.String("99.1.0")})
+    said = (
+        f"{at}: a newer Parlant has written its data, of version 99.1.0; the installed Parlant "
+        f"{installed('parlant')} knows them up to {knows}. Nothing was changed. Install a Parlant as new"
+    )
+    with pytest.raises(ServerOutdated, match="^" + re.escape(said)):
+        async with open_stores(Config(stores=settings), connection_params=params):
+            pass
+    async with make_database(collection_prefix=f"{prefix}_{store}") as database:
+        metadata = await database.get_or_create_collection("metadata", MetadataDocument, load_metadata_document)
+        assert [document["version"] for document in await metadata.find({})] == ["99.1.0"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_open", "lines"),
+    [(None, False, 1), ("realtime", False, 1), (None, True, 0), ("off", False, 0), ("exclusive", False, 0)],
+)
+async def test_where_others_cannot_be_followed_it_is_logged_once_that_every_read_asks(
+    pocketbase: PocketBaseServer,
+    prefix: str,
+    caplog: pytest.LogCaptureFixture,
+    mode: Any,
+    is_open: bool,
+    lines: int,
+) -> None:
+    """As there is no log: PocketBase lets us neither use SQL nor switch the batch API on."""
+    caplog.set_level(logging.INFO)
+    settings = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
+    config = Config(stores=settings, coherence=CoherenceSettings(mode=mode))
+    logger = logging.getLogger("test")
+    async with FaultProxy(pocketbase.url) as proxy:
+        if not is_open:
+            for method, path in (("POST", "/api/sql"), ("GET", "/api/settings"), ("PATCH", "/api/settings")):
+                proxy.plan(method, path, answer(403), at=EVERY)
+        params = pocketbase.connection_params | {"url": proxy.url}
+        async with open_stores(config, logger=logger, connection_params=params):
+            pass
+    assert caplog.text.count("every read asks PocketBase") == lines
+    assert caplog.text.count('`mode = "exclusive"` under [coherence]') == lines
 
 
 async def test_without_a_cache_the_stores_have_nothing_to_tell(stores: Stores) -> None:

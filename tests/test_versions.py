@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import pytest
 import pytest_asyncio
+from click.testing import CliRunner
 from parlant.adapters.db.transient import TransientDocumentDatabase
 from parlant.core.agents import AgentId
 from parlant.core.common import Version
@@ -24,6 +27,7 @@ from parlant.core.persistence.document_database import (
 from parlant.core.sessions import EventKind, EventSource
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
+from pb_cached.cli import main
 from pb_cached.config import StoreSettings, find_address
 from pb_cached.connection import connection_to
 from pb_cached.errors import EmbeddedServerError, UniqueViolation
@@ -288,6 +292,49 @@ async def test_conversations_are_resumed(server: PocketBaseServer) -> None:
         assert await stores.session_store.read_session(session.id) == session
         assert await stores.session_store.list_events(session.id) == said
         assert [event.offset for event in said] == list(range(5))
+
+
+async def test_the_doctor_tells_what_it_is_and_what_it_holds(
+    server: PocketBaseServer, version: str, folder: Path
+) -> None:
+    prefix = f"versions{next(_numbers)}"
+    prefixes: dict[str, Any] = {
+        "session_prefix": f"{prefix}s",
+        "customer_prefix": f"{prefix}c",
+        "variable_prefix": f"{prefix}v",
+    }
+    async with open_stores(
+        Config(stores=StoreSettings(**prefixes)), connection_params=server.connection_params
+    ) as stores:
+        await stores.customer_store.create_customer("Ada")
+        path = stores.stats().customers.writes.path
+    file = folder / "doctor.toml"
+    file.write_text("[stores]\n" + "".join(f'{key} = "{name}"\n' for key, name in prefixes.items()), "utf-8")
+    env = {f"POCKETBASE_{key.upper()}": value for key, value in server.connection_params.items()}
+    command = ["doctor", "--json", "--config", str(file)]
+    result = await asyncio.to_thread(CliRunner().invoke, main, command, env=env)
+    assert result.exit_code == 0, result.output
+    assert ACCOUNT["admin_password"] not in result.output
+    report = json.loads(result.stdout)
+    told = {finding["about"]: finding["found"] for finding in report["findings"]}
+    assert (
+        told["version"]
+        == {
+            "0.22.27": "before 0.23",
+            "0.23.12": "0.23 to 0.38, or the SQL endpoint is closed to us",
+            "0.38.2": "0.23 to 0.38, or the SQL endpoint is closed to us",
+            "0.39.0": "0.39.0 to 0.39.8",
+            INSTALLED: "0.40 or later",
+        }[version]
+    )
+    assert told["account"] == f"superuser {ACCOUNT['admin_email']}, by password"
+    ways = {"log": "log: by triggers", "batch": "batch: by /api/batch", "single": "one request for each write"}
+    assert told["commits"].startswith(ways[path])
+    assert told["realtime"] == "a stream opens, and a subscription is taken"
+    assert told["requests"] == "16 MiB and more are taken"
+    assert told["duplicates"] == "none"
+    counts = {each["collection"]: each["records"] for each in report["collections"]}
+    assert counts[f"{prefix}c_customers"] == counts[f"{prefix}c_metadata"] == 1
 
 
 async def test_before_0_23_an_embedded_server_needs_a_password(

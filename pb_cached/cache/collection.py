@@ -18,6 +18,8 @@ Does no I/O and never awaits: every method is one step, and nothing can come bet
 
 from __future__ import annotations
 
+import itertools
+import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -49,6 +51,9 @@ AVOIDED_SECONDS: Final = 60.0
 """How long a partition is read through that is too large, or that an unfinished write may still change."""
 HOLES: Final = 1000
 """Missing numbers that are waited for; beyond them the partition is read again at once."""
+
+SAMPLED: Final = 100_000
+"""Records among which a sample is taken: to step over more takes more than a millisecond."""
 
 DELETED: Final = 2**63
 """The revision of what is deleted: no change follows it."""
@@ -224,6 +229,15 @@ class CollectionCache:
         partition = self._memory.peek(key) if key is not None else None
         return None if partition is None else find(partition, record)
 
+    def sample(self) -> Key | None:
+        """A partition that may answer, any of them; None where there is none. Of very many, one of the older
+        ones."""
+        if not self._records:
+            return None
+        place = random.randrange(min(len(self._records), SAMPLED))
+        key = next(itertools.islice(self._records.values(), place, None))
+        return None if key in self._doubts or key in self._holes else key
+
     def minds(self, key: Key) -> bool:
         """Does it make a difference to anybody what is in this partition?"""
         return (
@@ -287,15 +301,13 @@ class CollectionCache:
         Args:
             to: the partition that it is in now, where that is said.
         """
-        entry = self.entry(record)
-        if (entry is not None and entry.rev >= rev) or self._gone.get(record, 0) >= rev:
-            return
-        for reading in self._readings:
-            reading.altered[record] = rev, to
-        at = self._records.get(record)
-        if at is None:  # its creation may be late, and is then overtaken already
-            self._altered[record] = max(rev, self._altered.get(record, 0))
-        self._doubt(record, at, to)
+        entry, at = self.entry(record), self._records.get(record)
+        if not (entry is not None and entry.rev >= rev) and self._gone.get(record, 0) < rev:
+            for reading in self._readings:
+                reading.altered[record] = rev, to
+            if at is None:  # its creation may be late, and is then overtaken already
+                self._altered[record] = max(rev, self._altered.get(record, 0))
+            self._doubt(record, at, to)
         if at is None and to is None:
             self.watches.all_changed()
         else:

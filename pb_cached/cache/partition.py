@@ -188,7 +188,7 @@ def highest(partition: Partition, facts: FactReader) -> int:
 
 def position(facts: Facts) -> tuple[str, str]:
     """Where a document stands among those that are found."""
-    return str(facts.creation_utc or ""), str(facts.id or "")
+    return facts.creation_utc if isinstance(facts.creation_utc, str) else "", str(facts.id or "")
 
 
 def weight(entry: Entry) -> int:

@@ -56,3 +56,21 @@ def init(config: Path | None, uninstall: bool) -> None:
     from pb_cached.cli.init import run
 
     raise SystemExit(run(config, uninstall))
+
+
+@main.command()
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="A TOML file; else PB_CACHED_CONFIG.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def doctor(config: Path | None, as_json: bool) -> None:
+    """Look at a PocketBase as the stores would use it, and say what is well and what could be better.
+
+    Changes nothing. Lists records that stand against unique indexes. Ends with 0 if the PocketBase can be used,
+    with 1 if not.
+    """
+    from pb_cached.cli.doctor.run import run
+
+    raise SystemExit(run(config, as_json))

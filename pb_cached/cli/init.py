@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import msgspec
+from parlant.core.persistence.common import MigrationRequired, ServerOutdated
 from rich.console import Console
 
 from pb_cached.cache.rules import PARLANT
@@ -24,7 +25,7 @@ def run(path: Path | None, uninstall: bool) -> int:
     try:
         config = Config.load(path)
         done = asyncio.run(_uninstall(config) if uninstall else _install(config))
-    except PBCachedError as error:
+    except (PBCachedError, MigrationRequired, ServerOutdated) as error:
         Console(stderr=True).print(str(error), markup=False)
         return 1
     for line in done:

@@ -31,6 +31,8 @@ class FollowedCollection:
         enough: whoever reads them tells it what they are now."""
         unclear: list[str] = []
         is_ours = layout == self.codec.commit_layout
+        if any(self.cache.key_of(values[0]) is None for values in payload.d):
+            self.cache.watches.all_changed()  # nobody knows where they were
         for values in payload.d:
             self.cache.apply(State(values[0], DELETED))
         for values in payload.u:
@@ -51,7 +53,13 @@ class FollowedCollection:
 
     def deleted(self, record: str) -> None:
         """A foreign hand has deleted a record."""
+        if self.cache.key_of(record) is None:
+            self.cache.watches.all_changed()
         self.cache.apply(State(record, DELETED))
+
+    def changed(self, row: Row) -> None:
+        """Somebody has made this of a record, and whoever does so raises its revision."""
+        self.cache.apply(self._state(row))
 
     def edited(self, row: Row) -> None:
         """A foreign hand has made this of a record, or somebody whose commits we cannot read."""

@@ -27,6 +27,7 @@ import msgspec
 from msgspec import Struct
 
 from pb_cached.coherence import entries
+from pb_cached.coherence.audit import Audit
 from pb_cached.coherence.changes import FollowedCollection
 from pb_cached.coherence.entries import BEAT, Entry, Gap
 from pb_cached.coherence.feed import PATIENCE, Feed, now
@@ -56,6 +57,7 @@ class _Log(Struct, frozen=True):
     last: Callable[[], int]
     retained: float
     trim: Callable[[], Awaitable[None]]
+    is_whole: bool
 
 
 class _Beat(Struct):
@@ -103,6 +105,7 @@ class Follower:
         self._pocketbase = Logs(client, server)
         self._stream = RealtimeStream(client, self, log)
         self._counters = CoherenceCounters()
+        self.audit = Audit(settings.audit_interval, self._is_current, self._counters, log)
         self._logs: dict[str, _Log] = {}
         self._collections: dict[str, list[_Followed]] = {}
         self._homes: dict[str, str] = {}
@@ -131,17 +134,20 @@ class Follower:
         last: Callable[[], int],
         retained: float,
         trim: Callable[[], Awaitable[None]],
+        *,
+        is_whole: bool,
     ) -> None:
         """Follow a log, if it is not followed already.
 
         Args:
-            home: the log by which its database's beats go.
-            last: tells the number that we have taken last.
-            retained: how long its entries are there, in seconds.
-            trim: forgets those that are older.
+            home: the log by which its database's beats go. last: tells the number that we have taken last.
+            retained: how long its entries are there, in seconds. trim: forgets those that are older. is_whole:
+            do its entries hold what they have changed, and do triggers note what foreign hands change? If
+                not, PocketBase's own events tell of both.
         """
         if log not in self._logs:
-            self._logs[log] = _Log(Feed(log, self._settings.max_staleness), home, last, retained, trim)
+            feed = Feed(log, self._settings.max_staleness)
+            self._logs[log] = _Log(feed, home, last, retained, trim, is_whole)
             self._topics_changed()
 
     def follow(self, log: str, collection: FollowedCollection, reader: RecordReader) -> Callable[[], bool]:
@@ -149,7 +155,8 @@ class Follower:
         feed = self._logs[log].feed
         name = collection.codec.collection
         self._collections.setdefault(name, []).append(_Followed(collection, reader, feed))
-        self._homes[collection.codec.commit_layout] = name
+        if layout := collection.codec.commit_layout:
+            self._homes[layout] = name
         self._topics_changed()
         return lambda: now() < feed.good_until
 
@@ -159,6 +166,9 @@ class Follower:
             waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(waiting)
             await waiting
+
+    def _is_current(self) -> bool:
+        return all(now() < log.feed.good_until for log in self._logs.values())
 
     def stats(self) -> CoherenceStats:
         """How well it goes."""
@@ -179,8 +189,10 @@ class Follower:
 
     async def start(self) -> None:
         await self._stream.__aenter__()
-        for work in (self._keep_up(), self._keep_beating()):
-            self._tasks.append(asyncio.create_task(work))
+        works = [self._keep_up(), self._keep_beating()]
+        if self._settings.audit_interval:
+            works.append(self.audit.run())
+        self._tasks += map(asyncio.create_task, works)
 
     async def aclose(self) -> None:
         """Follow nothing any more."""
@@ -216,15 +228,23 @@ class Follower:
             self._arrived(log.feed, entries.entry.decode(message.record))
 
     def _edited(self, name: str, message: entries.Message) -> None:
-        """A foreign hand has written to a collection."""
-        self._counters.edits += 1
+        """A foreign hand has written to a collection; where logs do not hold what commits have changed, anybody
+        has, and who does so by us raises the revision."""
+        following = self._collections.get(name, ())
+        is_foreign = all(self._logs[followed.feed.log].is_whole for followed in following)
+        self._counters.edits += is_foreign
+        self._counters.changes += not is_foreign
         record = msgspec.json.decode(message.record, type=_Identified).id
-        for followed in self._collections.get(name, ()):
+        for followed in following:
             if message.action == "delete":
                 followed.collection.deleted(record)
                 continue
             try:
-                followed.collection.edited(followed.collection.codec.row(message.record))
+                row = followed.collection.codec.row(message.record)
+                if is_foreign:
+                    followed.collection.edited(row)
+                else:
+                    followed.collection.changed(row)
             except SchemaError:  # there is no telling what it holds
                 self._doubt(name, [record])
 
@@ -258,6 +278,9 @@ class Follower:
                 future.set_result(None)
 
     def _apply(self, feed: Feed, entry: Entry) -> None:
+        if not self._logs[feed.log].is_whole:  # PocketBase's own events tell
+            self._counters.commits += 1
+            return
         name = self._homes.get(entry.layout)
         if name is None:
             self._strangers.append((feed, entry, now()))
@@ -343,7 +366,7 @@ class Follower:
             self._log.warning("the log is not what it was; what was cached is dropped", log=feed.log)
             self._begin_anew(feed)
         losses = feed.losses
-        if not (feed.newest and self._sql):  # without SQL nobody knows what foreign hands have done meanwhile
+        if not (feed.newest and log.is_whole and self._sql):
             self._clear(self._of(feed))
         if feed.newest:
             self._counters.catch_ups += 1
@@ -415,6 +438,8 @@ class Follower:
         self._counters.gaps += 1
         losses = feed.losses
         async for entry in self._pocketbase.numbered(feed.log, gap):
+            if not self._logs[feed.log].is_whole:  # so what else has not come?
+                self._clear(self._of(feed))
             self._arrived(feed, entry)
         if losses == feed.losses:
             for due in feed.settle(gap):
@@ -483,7 +508,7 @@ class Follower:
 
     async def _look(self) -> None:
         """Has a foreign hand changed records, or made collections anew?"""
-        if not self._sql:
+        if not (self._sql and any(log.is_whole for log in self._logs.values())):
             return
         names = [*self._logs, *self._collections]
         sight = await self._pocketbase.look(names, self._last_edit)

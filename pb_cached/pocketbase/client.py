@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import os
 import re
+import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -36,6 +39,9 @@ from pb_cached.telemetry import Log
 
 KEEPALIVE_SECONDS: Final = 90.0
 """Below the 180 seconds after which the least patient PocketBase closes an idle connection."""
+
+LASTING_SECONDS: Final = 10.0
+"""From when on it is said a second time that PocketBase does not answer."""
 
 _SUPERUSERS: Final = "/api/collections/_superusers/auth-with-password"
 _ADMINS: Final = "/api/admins/auth-with-password"  # before 0.23
@@ -101,6 +107,13 @@ _GATEWAY: Final = frozenset({502, 503, 504})
 _NO_COLLECTION: Final = frozenset({"Missing collection context.", "Missing or invalid collection context."})
 """What it says, from 0.23 on, where the collection of a record is not there."""
 _NEVER_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_CUT: Final = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
+_TIMEOUTS: Final[Mapping[type[httpx.RequestError], str]] = {
+    httpx.ConnectTimeout: "timed out connecting",
+    httpx.ReadTimeout: "timed out waiting for the answer",
+    httpx.WriteTimeout: "timed out sending",
+    httpx.PoolTimeout: "timed out waiting for a connection of the HTTP client's pool",
+}
 _TOKEN: Final = r"\A[ -~]*\Z"
 """What a header can carry."""
 
@@ -121,7 +134,7 @@ class PocketBaseClient:
     """Speaks with one PocketBase over an `httpx.AsyncClient`.
 
     Mutable state: `_token`, replaced by `_sign_in` alone, and `_signing_in`, the sign-in that is under way, which
-    every request that needs one joins.
+    every request that needs one joins; `_outage`.
     """
 
     def __init__(self, http: httpx.AsyncClient, address: Address, settings: PocketBaseSettings, log: Log) -> None:
@@ -131,9 +144,10 @@ class PocketBaseClient:
         self._streamer = _unhooked(http)
         self._credentials = address.credentials
         self._settings = settings
-        self._log = log
+        self.log = log
         self._token = address.credentials.token
         self._signing_in: asyncio.Task[Secret] | None = None
+        self._outage = Outage(address.url, log)
         if self._token is not None and not re.match(_TOKEN, self._token.reveal()):
             raise AuthenticationFailed(
                 f"the token for PocketBase at {self.url} holds characters that no token has, such as a line "
@@ -188,7 +202,7 @@ class PocketBaseClient:
                     **options,
                 )
             except httpx.RequestError as error:
-                known.trouble = _named(error)
+                known.trouble = self._outage.met(error)
                 if isinstance(error, httpx.PoolTimeout) and connection_within is not None:
                     known.in_doubt = in_doubt
                     raise _no_connection(what, connection_within) from error
@@ -289,7 +303,7 @@ class PocketBaseClient:
         except httpx.PoolTimeout as error:
             raise _no_connection(what, connection_within) from error
         except httpx.RequestError as error:
-            raise PocketBaseUnavailable(f"{what} at {self.url}: {_named(error)}") from error
+            raise PocketBaseUnavailable(f"{what} at {self.url}: {reason_of(error)}") from error
 
     def _timeout(self, *, pool: float, read: float | None = None) -> httpx.Timeout:
         """The HTTP client's own, but for what is given."""
@@ -325,7 +339,7 @@ class PocketBaseClient:
                         "POST", path, content=body, headers={"Content-Type": "application/json"}
                     )
                 except httpx.RequestError as error:
-                    known.trouble = _named(error)
+                    known.trouble = self._outage.met(error)
                     raise _Passing from error
                 if response.status_code != 404:
                     break
@@ -351,16 +365,21 @@ class PocketBaseClient:
             self._token = Secret(msgspec.json.decode(answer.content, type=_SignedIn).token)
         except msgspec.DecodeError as error:
             raise _foreign(answer, what) from error
-        self._log.debug("signed in", url=self.url)
+        self.log.debug("signed in", url=self.url)
         return self._token
 
     async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
         """Send it once. The caller's client is no worse for having hooks, and it may be closed at any time."""
         self._refuse_if_closed()
         try:
-            return await self._sender.request(method, self.url + path, **content)
+            response = await self._sender.request(method, self.url + path, **content)
         except httpx.HTTPStatusError as error:  # by a hook of the caller's
-            return error.response
+            response = error.response
+        if response.status_code in _GATEWAY:
+            self._outage.goes_on(f"status {response.status_code}")
+        else:
+            self._outage.ends()
+        return response
 
     def _refuse_if_closed(self) -> None:
         if self._http.is_closed:
@@ -384,11 +403,76 @@ class PocketBaseClient:
         except (TimeoutError, _Final) as error:
             within = f" within {limit:g} s" if isinstance(error, TimeoutError) else ""
             raise Unreached(
-                f"{what}: PocketBase at {self.url} gave no usable answer{within} ({known.trouble}). "
+                f"{what}: PocketBase at {self.url} gave no usable answer{within} "
+                f"({known.trouble or self._outage.reason or 'no answer'}). "
                 "Is it running, and is the URL right?",
                 unanswered=known.in_doubt,
             ) from error
         raise AssertionError("unreachable")  # pragma: no cover - trials end by returning or raising
+
+
+class Outage:
+    """Tells in the log that PocketBase does not answer: when that begins, once more when it lasts, and when it is
+    over. Not each time, as there may be hundreds of requests that try again and again.
+
+    Mutable state: `reason`, of the last failure, empty while PocketBase answers; `_since`, when the first one was
+    (of the monotonic clock); `_told`, how often that was said.
+    """
+
+    def __init__(self, url: str, log: Log) -> None:
+        self.reason = ""
+        self._url = url
+        self._log = log
+        self._since = 0.0
+        self._told = 0
+
+    def met(self, error: httpx.RequestError) -> str:
+        """An attempt has failed so. Returns the reason in words."""
+        reason = reason_of(error)
+        # An idle connection may be closed at any time: only the next attempt tells. A pool is our own affair.
+        if not isinstance(error, httpx.PoolTimeout):
+            self.goes_on(reason, certain=not isinstance(error, _CUT))
+        return reason
+
+    def goes_on(self, reason: str, *, certain: bool = True) -> None:
+        """There was no answer, or one that says so. If that is not `certain`, it is told the next time."""
+        certain = certain or self.reason != ""
+        if not self.reason:
+            self._since = time.monotonic()
+        self.reason = reason
+        seconds = time.monotonic() - self._since
+        if self._told == 0 and certain:
+            self._told = 1
+            self._log.warning("PocketBase does not answer", url=self._url, reason=reason)
+        elif self._told == 1 and seconds >= LASTING_SECONDS:
+            self._told = 2
+            self._log.warning(
+                "PocketBase still does not answer", url=self._url, reason=reason, seconds=round(seconds)
+            )
+
+    def ends(self) -> None:
+        """There was an answer."""
+        if self._told:
+            seconds = round(time.monotonic() - self._since, 1)
+            self._log.info("PocketBase answers again", url=self._url, seconds=seconds)
+        self.reason, self._told = "", 0
+
+
+def reason_of(error: httpx.RequestError) -> str:
+    """Why there was no answer. What the operating system said stands behind what two libraries made of it."""
+    name = type(error).__name__
+    if isinstance(error, httpx.TimeoutException):
+        return f"{name}: {_TIMEOUTS.get(type(error), 'timed out')}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BaseExceptionGroup):  # one for each address of the host
+            cause = cause.exceptions[0]
+        if isinstance(cause, socket.gaierror):
+            return f"{name}: the host name was not found"
+        if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno:
+            return f"{name}: {os.strerror(cause.errno).lower()}"
+        cause = cause.__cause__ or cause.__context__
+    return f"{name}: {error}".rstrip(": ")
 
 
 class Unreached(PocketBaseUnavailable):
@@ -502,15 +586,11 @@ class _Final(Exception):
 class _Known:
     """What the attempts at one request have shown so far."""
 
-    trouble: str = "no answer"
+    trouble: str = ""
     in_doubt: bool = False
     """One of them was sent, and nobody said what became of it."""
     refused_token: Secret | None = None
     """Set where we have signed in anew for this request."""
-
-
-def _named(error: httpx.RequestError) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def _message(answer: Answer) -> str:

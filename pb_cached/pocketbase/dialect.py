@@ -10,10 +10,12 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
-from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.errors import RequestRejected
+from pb_cached.pocketbase.client import Answer, PocketBaseClient
 from pb_cached.telemetry import Log
 
 MIB: Final = 1024 * 1024
+_OFF: Final = b"Batch requests are not allowed"
 
 
 class BatchLimits(Struct, frozen=True, rename="camel"):
@@ -40,6 +42,8 @@ class Dialect(Struct, frozen=True):
     """`POST /api/sql`, from 0.39."""
     escapes: bool
     r"""In a filter's string `\\` means one backslash (from 0.39.9). Before, a backslash means itself."""
+    may_configure: bool = False
+    """May we change PocketBase's settings?"""
 
     @property
     def per_page(self) -> int:
@@ -83,6 +87,7 @@ async def probe(client: PocketBaseClient, *, max_requests: int, manage: bool, lo
         batch=await _batch(client, max_requests, manage, log),
         sql=(await client.send("POST", "/api/sql", body=b'{"query":"SELECT 1"}', repeatable=True)).ok,
         escapes=await _escapes(client),
+        may_configure=manage,
     )
 
 
@@ -94,21 +99,50 @@ async def _batch(client: PocketBaseClient, wanted: int, manage: bool, log: Log) 
         return limits
     reason = "manage_settings is false"
     if manage:
-        change = {"batch": {"enabled": True, "maxRequests": max(wanted, limits.max_requests)}}
-        answer = await client.send("PATCH", "/api/settings", body=msgspec.json.encode(change), repeatable=True)
+        most = max(wanted, limits.max_requests)
+        answer = await _switch_on(client, most)
         if answer.ok:
-            log.info("batch API configured", url=client.url, max_requests=change["batch"]["maxRequests"])
+            log.info("batch API configured", url=client.url, max_requests=most)
             return msgspec.json.decode(answer.content, type=_Settings).batch or limits
         reason = str(await client.rejection(answer, "PATCH /api/settings"))
     if limits.enabled and limits.max_requests > 1:  # the commit's own record takes one
         return limits
     log.warning(
         "the batch API is off, or takes one request at a time, and we may not change that: where there is no log "
-        "path either, each write is a request of its own",
+        "path either, each write is a request of its own. Its place in the dashboard: Settings, Application",
         url=client.url,
+        requests_wanted=wanted,
         reason=reason,
     )
     return None
+
+
+async def _switch_on(client: PocketBaseClient, max_requests: int) -> Answer:
+    change = {"batch": {"enabled": True, "maxRequests": max_requests}}
+    return await client.send("PATCH", "/api/settings", body=msgspec.json.encode(change), repeatable=True)
+
+
+def is_batch_off(answer: Answer) -> bool:
+    """Has somebody switched the batch API off since we asked?"""
+    return answer.status == 403 and _OFF in answer.content
+
+
+async def batch_switched_on_again(client: PocketBaseClient, dialect: Dialect) -> RequestRejected | None:
+    """What was switched off is switched on where we may. Where we may not, the error that says what to do."""
+    most = dialect.batch.max_requests if dialect.batch else BatchLimits().max_requests
+    reason = "manage_settings is false"
+    if dialect.may_configure:
+        answer = await _switch_on(client, most)
+        if answer.ok:
+            client.log.warning("the batch API was switched off; it is on again", url=client.url)
+            return None
+        reason = str(await client.rejection(answer, "PATCH /api/settings"))
+    return RequestRejected(
+        f"commit: the batch API of PocketBase at {client.url} was switched off, and we may not switch it on "
+        f"({reason}); nothing was written. Switch it on in its dashboard (Settings, Application, Batch API), with "
+        f"at least {most} requests",
+        status=403,
+    )
 
 
 async def _escapes(client: PocketBaseClient) -> bool:

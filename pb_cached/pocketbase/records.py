@@ -93,16 +93,23 @@ class RecordReader:
                 return
             last, limit = page.rows[-1].id, self._next_limit(limit, size)
 
-    async def _each(self, filter_: str) -> AsyncIterator[Row]:
-        limit, last = FIRST_PAGE, ""
+    async def pages(self, filter_: str, most: int) -> AsyncIterator[Sequence[Row]]:
+        """Every record that the filter lets through, by id, in pages of at most so many records and about as many
+        bytes as a page may take. Each is asked for when the one before has been dealt with."""
+        most = min(most, self._dialect.per_page)
+        limit, last = min(most, FIRST_PAGE), ""
         while True:
             key = f"id > '{last}'" if last else ""
             page, size = await self._page(" && ".join(filter(None, (filter_, key))), "id", limit, total=False)
-            for row in page.rows:
-                yield row
+            yield page.rows
             if len(page.rows) < limit:
                 return
-            last, limit = page.rows[-1].id, self._next_limit(limit, size)
+            last, limit = page.rows[-1].id, min(most, self._next_limit(limit, size))
+
+    async def _each(self, filter_: str) -> AsyncIterator[Row]:
+        async for rows in self.pages(filter_, self._dialect.per_page):
+            for row in rows:
+                yield row
 
     def _next_limit(self, limit: int, size: int) -> int:
         """So many records that the next page takes about as many bytes as a page may."""

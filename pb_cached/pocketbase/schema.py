@@ -169,8 +169,10 @@ class CollectionSpec(Struct, frozen=True):
 
 
 DOCUMENT_SYSTEM: Final = (("doc_id", "text"), ("extra", "text"), ("rev", "number"), ("updated", "autodate"))
-LOG_SYSTEM: Final = (("server", "text"), ("n", "number"), ("created", "autodate"))
-BARRED_LOG_SYSTEM: Final = (*LOG_SYSTEM, ("layout", "text"), ("payload", "text"), ("guard", "text"))
+LOG_SYSTEM: Final = (
+    ("server", "text"), ("n", "number"), ("created", "autodate"), ("layout", "text"), ("payload", "text"),
+)  # fmt: skip
+BARRED_LOG_SYSTEM: Final = (*LOG_SYSTEM, ("guard", "text"))
 TRIGGERED_LOG_SYSTEM: Final = (*BARRED_LOG_SYSTEM, ("stale", "text"))
 """What the columns are for that a log has for triggers: see `commit.triggers`."""
 
@@ -202,13 +204,15 @@ def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]])
 
 def log_collection(name: str) -> CollectionSpec:
     """A log: one record per commit, whose id is the receipt."""
-    return CollectionSpec(_checked_name(name), (), (), LOG_SYSTEM, owner=_LOG)
+    by_time = IndexSpec((("created", False),))  # by which it is read back after a gap
+    return CollectionSpec(_checked_name(name), (), (by_time,), LOG_SYSTEM, owner=_LOG)
 
 
 def triggered_log_collection(name: str) -> tuple[CollectionSpec, CollectionSpec]:
     """The same for the log path: as it is until its triggers are there, and as it is then."""
     bar = IndexSpec((("guard", False),), unique=True, where="guard = ''")
-    barred = msgspec.structs.replace(log_collection(name), indexes=(bar,), system=BARRED_LOG_SYSTEM)
+    log = log_collection(name)
+    barred = msgspec.structs.replace(log, indexes=(*log.indexes, bar), system=BARRED_LOG_SYSTEM)
     return barred, msgspec.structs.replace(barred, system=TRIGGERED_LOG_SYSTEM)
 
 
@@ -330,6 +334,17 @@ def _index_name(sql: str) -> str:
 
 def _index_names(collection: _Collection) -> set[str]:
     return {_index_name(sql) for sql in collection.indexes}
+
+
+def owner_of(indexes: Sequence[str]) -> str | None:
+    """Whose collection it is, by the SQL of its indexes: see `CollectionSpec.owner`. None: not one of ours."""
+    marks = [name for name in map(_index_name, indexes) if name.startswith(_MARK)]
+    return marks[0].removeprefix(_MARK).partition("__")[0] if marks else None
+
+
+def has_index(indexes: Sequence[str], index: IndexSpec, collection: str) -> bool:
+    """Is there just this index?"""
+    return index.name(collection) in map(_index_name, indexes)
 
 
 def _missing_indexes(found: _Collection, spec: CollectionSpec) -> list[str]:
@@ -474,7 +489,10 @@ class SchemaEditor:
             if answer.status == 400 and b"indexes" in answer.content:
                 break
         reason = str(await self._client.rejection(answer, "create index")) if answer else "no answer"
-        self._log.warning("index refused; going on without it", index=index.name(spec.name), reason=reason)
+        facts = {"index": index.name(spec.name), "reason": reason}
+        if index.unique:
+            facts["advice"] = "`pb-cached doctor` lists what stands against those of Parlant's stores"
+        self._log.warning("index refused; going on without it", **facts)
 
     @asynccontextmanager
     async def turn(self, log: str | None, what: str) -> AsyncIterator[None]:
@@ -524,11 +542,9 @@ class SchemaEditor:
         return msgspec.json.decode(answer.content, type=_Collection)
 
     def _refuse_foreign(self, found: _Collection, spec: CollectionSpec) -> None:
-        marks = [name for name in _index_names(found) if name.startswith(_MARK)]
-        if spec.mark in marks:  # ours, even where somebody took a column away
+        if spec.mark in _index_names(found):  # ours, even where somebody took a column away
             return
-        if marks:
-            owner = marks[0].removeprefix(_MARK).partition("__")[0]
+        if (owner := owner_of(found.indexes)) is not None:
             raise ForeignCollection(
                 f"the PocketBase collection '{found.name}' is {_owned(found.name, owner)}, and not "
                 f"{_owned(spec.name, spec.owner)}; choose another prefix or name"

@@ -25,7 +25,7 @@ from pb_cached.pocketbase.commit import Operation, Reply
 from pb_cached.pocketbase.schema import Kind
 from pb_cached.reading.direct import DirectReads, Document, Found, Match
 from pb_cached.reading.loads import Loader
-from pb_cached.reading.order import first_of, position
+from pb_cached.reading.order import Position, first_of, is_beyond, position
 
 ROUNDS: Final = 5
 """How often partitions are refreshed for one reader before the reader goes to PocketBase."""
@@ -87,11 +87,15 @@ class CachedReads:
 
     # answers
 
-    async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
+    async def find(
+        self, where: Mapping[str, Any], limit: int | None, descending: bool, at: Position | None
+    ) -> Found:
         hit = candidates = self._at_hand(where)
         if candidates is None and (candidates := await self._fetched(where)) is None:
-            return await self._through(self._direct.find(where, limit, descending), where)
+            return await self._through(self._direct.find(where, limit, descending, at), where)
         found = candidates.documents()
+        if at is not None:
+            found = list(filter(is_beyond(at, descending), found))
         if not candidates.ordered:
             found.sort(key=position, reverse=descending)
         elif descending:
@@ -166,6 +170,10 @@ class CachedReads:
         """Call `wake` whenever the answer may be different now. Until what is returned is called."""
         return self.cache.watches.add(keys_of(where, self.cache), wake)
 
+    def wake(self, where: Mapping[str, Any]) -> None:
+        """Have everybody look again who watches what these matches are among."""
+        self.cache.watches.changed(*(keys_of(where, self.cache) or ()))
+
     def wake_all(self) -> None:
         """Have everybody look again who watches."""
         self.cache.watches.all_changed()
@@ -201,6 +209,11 @@ class CachedReads:
         if not row.extra and all(column and column.kind is Kind.TEXT for column in columns):
             return self.cache.key(*[self._codec.held(row, field) for field in self.cache.rule.partition_by])
         return self.loader.state(row).key
+
+    def forget(self, where: Mapping[str, Any]) -> None:
+        """Most of these partitions' documents are about to go: each would cost as much as all that are left."""
+        for key in keys_of(where, self.cache) or ():
+            self.cache.forget(key)
 
     def gone(self, operation: Operation) -> None:
         """The operation's record does not exist any more."""

@@ -20,7 +20,7 @@ from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.pocketbase.filters import EXCEPTIONAL, FilterWriter, is_unshared
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import Kind
-from pb_cached.reading.order import first_of, position
+from pb_cached.reading.order import Position, beyond, first_of, is_beyond, position
 
 Document = dict[str, Json]
 
@@ -43,8 +43,10 @@ class Found(NamedTuple):
 class Reads(Protocol):
     """How a collection reads. Each raises `InvalidFilter` for what is no filter."""
 
-    async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
-        """The matches by `creation_utc` and `id`."""
+    async def find(
+        self, where: Mapping[str, Any], limit: int | None, descending: bool, at: Position | None
+    ) -> Found:
+        """The matches by `creation_utc` and `id`; where `at` is given, those after it."""
         ...
 
     async def first(self, where: Mapping[str, Any]) -> Match | None:
@@ -73,12 +75,18 @@ class DirectReads:
         self._filters = filters
         self._dialect = dialect
 
-    async def find(self, where: Mapping[str, Any], limit: int | None, descending: bool) -> Found:
-        predicate = compile_where(where)
-        narrowed = self._filters.narrow(where)
+    async def find(
+        self, where: Mapping[str, Any], limit: int | None, descending: bool, at: Position | None
+    ) -> Found:
+        predicate, asked = compile_where(where), where
+        if at is not None:
+            predicate = _both(predicate, is_beyond(at, descending))
+            if self._is_text("creation_utc"):
+                asked = beyond(where, at, descending)
+        narrowed = self._filters.narrow(asked)
         if narrowed is None:
             return Found((), 0)
-        if limit is not None and self._filters.is_exact(where):
+        if limit is not None and self._filters.is_exact(asked):
             page = await self._page(narrowed[0], predicate, limit, descending)
             if page is not None:
                 return page
@@ -136,11 +144,11 @@ class DirectReads:
         Both requests see exceptional records, so one that becomes plain, or ceases to be, between them is not
         lost: (1) the page is read; (2) the record turns plain; (3) the exceptional ones are read, without it.
         """
-        order = [self._codec.columns.get(field) for field in ("creation_utc", "id")]
-        if limit >= self._dialect.per_page or any(c is None or c.kind is not Kind.TEXT for c in order):
+        order = ("creation_utc", "id")
+        if limit >= self._dialect.per_page or not all(map(self._is_text, order)):
             return None
         sign = "-" if descending else ""
-        sort = ",".join([*(sign + column.name for column in order if column), "id"])
+        sort = ",".join([*(sign + self._codec.columns[field].name for field in order), "id"])
         page, exceptional = await asyncio.gather(
             self._reader.page(filter_, sort, limit + 1, total=True), self._exceptional(filter_)
         )
@@ -163,6 +171,11 @@ class DirectReads:
         found = self._ordered(newest.values(), predicate, descending)
         refused = sum(not predicate(self._codec.document(row)) for row in exceptional)
         return Found(found[:limit], max(page.total - refused, len(found)))
+
+    def _is_text(self, field: str) -> bool:
+        """Has the field a column of its own that orders records as documents are ordered?"""
+        column = self._codec.columns.get(field)
+        return column is not None and column.kind is Kind.TEXT
 
     async def _exceptional(self, filter_: str) -> Sequence[Row]:
         """The records that are not plain, all that the filter lets through."""
@@ -187,3 +200,7 @@ class DirectReads:
         if len(rows) == 2:
             async for match in self._matches((filter_,), predicate):
                 yield match
+
+
+def _both(one: Predicate, other: Predicate) -> Predicate:
+    return lambda document: one(document) and other(document)

@@ -15,7 +15,7 @@ from pb_cached.cache.collection import CollectionCache, Reading, State
 from pb_cached.cache.partition import Key
 from pb_cached.cache.predicate import compile_where
 from pb_cached.errors import PBCachedError
-from pb_cached.exact import dumps
+from pb_cached.exact import dumps, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
@@ -180,6 +180,36 @@ class Loader:
         """A record as the cache takes it."""
         document = self._codec.document(row)
         return self._cache.state(row.id, row.rev, document, dumps(document))
+
+    # the audit
+
+    @property
+    def name(self) -> str:
+        return self._codec.collection
+
+    def sample(self) -> Key | None:
+        """A partition that is cached, any; None where there is none."""
+        return self._cache.sample()
+
+    async def compare(self, key: Key) -> bool | None:
+        """Does PocketBase hold what is cached? None where nobody can tell: it has changed, or gone, meanwhile."""
+        cached = self._cache.get(key)
+        states = await self._states([key])
+        if cached is None or self._cache.get(key) is not cached:
+            return None
+        held = {state.record: state for state in states if state.key == key}
+        if self._is_too_much(len(held), 0) or len(held) != len(cached.entries):
+            return False
+        return all(
+            (state := held.get(entry.record)) is not None
+            and state.document is not None
+            and (entry.rev, loads(entry.document)) == (state.rev, loads(state.document))
+            for entry in cached.entries
+        )
+
+    def distrust(self, key: Key) -> None:
+        """Have it loaded anew."""
+        self._cache.distrust(key)
 
     def _progress(self) -> dict[str, Any]:
         return {

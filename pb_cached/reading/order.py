@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from parlant.core.persistence.common import Cursor, SortDirection, Where
+from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import CollectionSort
 
 from pb_cached.exact import Json
 
-
-def position(document: Mapping[str, Json]) -> tuple[str, str]:
-    """`find` returns documents by `creation_utc`, then `id`."""
-    return str(document.get("creation_utc") or ""), str(document.get("id") or "")
+Position = tuple[str, str]
 
 
-def after(filters: Where, cursor: Cursor | None, descending: bool) -> dict[str, Any]:
-    """The filter, and beyond the cursor. Said so that an index on `creation_utc` serves as a range."""
-    if cursor is None:
-        return cast(dict[str, Any], filters)
+def position(document: Mapping[str, Json]) -> Position:
+    """`find` returns documents by `creation_utc`, then `id`. What has no time, or another thing than a text in its
+    place, comes first."""
+    time = document.get("creation_utc")
+    return time if isinstance(time, str) else "", str(document.get("id") or "")
+
+
+def is_beyond(at: Position, descending: bool) -> Callable[[Mapping[str, Json]], bool]:
+    """Which documents come after this position."""
+    if descending:
+        return lambda document: position(document) < at
+    return lambda document: position(document) > at
+
+
+def beyond(filters: Mapping[str, Any], at: Position, descending: bool) -> dict[str, Any]:
+    """The filter, and after this position, for records whose column tells their time. Said so that an index on
+    `creation_utc` serves as a range; no comparison of values finds what has no time, but its column is empty."""
     strictly, within = ("$lt", "$lte") if descending else ("$gt", "$gte")
-    at, id_ = str(cursor.creation_utc), str(cursor.id)
-    if not at and not descending:  # what has no time comes first, and no comparison of times finds it
+    time, id_ = at
+    if not time and not descending:
         return {"$and": [filters, {"$or": [{"creation_utc": {"$gt": ""}}, {"id": {"$gt": id_}}]}]}
     return {
         "$and": [
             filters,
-            {"creation_utc": {within: at}},
-            {"$or": [{"creation_utc": {strictly: at}}, {"id": {strictly: id_}}]},
+            {"creation_utc": {within: time}},
+            {"$or": [{"creation_utc": {strictly: time}}, {"id": {strictly: id_}}]},
         ]
     }
 

@@ -43,6 +43,10 @@ class WatchedCommits:
 
         return leave_and_rest
 
+    def wake(self, where: Mapping[str, Any]) -> None:
+        """Have everybody look again who watches what these matches are among."""
+        self._cache.watches.changed(*(keys_of(where, self._cache) or ()))
+
     def wake_all(self) -> None:
         self._cache.watches.all_changed()
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Self
 
 from parlant.core.common import IdGenerator, md5_checksum
 from parlant.core.customers import Customer, CustomerDocumentStore, CustomerId
 from parlant.core.persistence.document_database import DocumentDatabase
 from parlant.core.tags import TagId
+from typing_extensions import override
 
 from pb_cached.stores.held import HoldsItsWrites, held
 from pb_cached.stores.ids import UniqueIds
+from pb_cached.stores.versions import versions_told
 
 _of_customer = held("customer_id")
 
@@ -42,6 +44,12 @@ class PocketBaseCustomerStore(HoldsItsWrites, CustomerDocumentStore):
     remove_tag = _of_customer(CustomerDocumentStore.remove_tag)
     upsert_extra = _of_customer(CustomerDocumentStore.upsert_extra)
     remove_extra = _of_customer(CustomerDocumentStore.remove_extra)
+
+    @override
+    async def __aenter__(self) -> Self:
+        async with versions_told(self, self._database):
+            await super().__aenter__()
+        return self
 
     @held("id")
     async def create_customer(

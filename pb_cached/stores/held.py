@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import copy
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from datetime import datetime
 from enum import Enum
@@ -69,6 +69,14 @@ class HoldsItsWrites:
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
         return task
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self, *of: str) -> AsyncIterator[None]:
+        """The turn of whatever has these names. Within it, methods that are held by the same are a part of it. To
+        be used in a task of its own."""
+        _holder.set(self)
+        async with self._turn(tuple(map(str, of))):
+            yield
 
     def _turn(self, of: tuple[str, ...]) -> asyncio.Lock:
         lock = self._turns.get(of)

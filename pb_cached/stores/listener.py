@@ -25,8 +25,8 @@ from typing_extensions import override
 from pb_cached.stores.sessions import PocketBaseSessionStore
 
 SAFETY_SECONDS: Final = 60.0
-"""How often is looked where every change is heard of: only against a mistake of ours. A thousand waits cost a
-thousandth of a core by it."""
+"""How often is looked where every change is heard of: only against a mistake of ours. A thousand waits take
+less than a thousandth of a core by it."""
 EVENTS_SECONDS: Final = 0.25
 """How often is looked for events of other servers that are not heard of; as by Parlant's listener."""
 CHUNKS_SECONDS: Final = 0.1

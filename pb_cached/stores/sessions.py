@@ -3,194 +3,135 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, Final, Self, cast
 
 import semver
-from parlant.core.common import ItemNotFoundError, JSONSerializable, UniqueId, Version, generate_id
+from parlant.core.common import ItemNotFoundError, JSONSerializable, UniqueId, Version
 from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import BaseDocument, CollectionIndex
-from parlant.core.sessions import Event, EventId, EventKind, EventSource, SessionDocumentStore, SessionId
+from parlant.core.sessions import (
+    Event,
+    EventId,
+    EventKind,
+    EventSource,
+    EventUpdateParams,
+    SessionDocumentStore,
+    SessionId,
+)
 from typing_extensions import override
 
-from pb_cached.database import PocketBaseDocumentCollection, PocketBaseDocumentDatabase
-from pb_cached.errors import PBCachedError, UniqueViolation
+from pb_cached.collection import PocketBaseDocumentCollection
+from pb_cached.config import STREAMING_INTERVAL
+from pb_cached.database import PocketBaseDocumentDatabase
+from pb_cached.errors import ConfigError, NotCommitted, OutcomeUnknown, PBCachedError, named
+from pb_cached.exact import dumps, loads
 from pb_cached.pocketbase.codec import snapshot
-from pb_cached.pocketbase.commit import Operation
-from pb_cached.stores.held import HoldsItsWrites, attempts, held
+from pb_cached.stores.appends import Appends, Draft
+from pb_cached.stores.deletions import Deletions
+from pb_cached.stores.held import HoldsItsWrites, held
+from pb_cached.stores.streaming import HeldBack, Place, is_on_its_way
+from pb_cached.stores.versions import versions_told
 
 _UNCHANGED_SINCE = "0.8.0"
 """Parlant 3.3 brings events up to this version and knows no way on to its own 0.9.0, though nothing about events
 changed between them. Every event of an older Parlant would be refused."""
 
-_OFFSETS: Final = CollectionIndex(
+OFFSETS: Final = CollectionIndex(
     fields=(("session_id", SortDirection.ASC), ("offset", SortDirection.ASC)), unique=True
 )
 _of_session = held("session_id")
-
-
-class _Draft:
-    """An event that has no offset yet, and who waits for it."""
-
-    __slots__ = ("created", "data", "kind", "metadata", "outcome", "source", "trace_id")
-
-    def __init__(
-        self,
-        source: EventSource,
-        kind: EventKind,
-        trace_id: str,
-        data: JSONSerializable,
-        metadata: Mapping[str, JSONSerializable],
-        created: datetime,
-    ) -> None:
-        self.source = source
-        self.kind = kind
-        self.trace_id = trace_id
-        self.data = data
-        self.metadata = metadata
-        self.created = created
-        self.outcome: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-
-    def event(self, offset: int) -> Event:
-        return Event(
-            id=EventId(generate_id()),
-            source=self.source,
-            kind=self.kind,
-            offset=offset,
-            creation_utc=self.created,
-            trace_id=self.trace_id,
-            data=self.data,
-            metadata=self.metadata,
-            deleted=False,
-        )
-
-    def succeed(self, event: Event) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(event)
-
-    def fail(self, error: Exception) -> None:
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
-            self.outcome.exception()  # a cancelled caller is no reason for a warning
 
 
 class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
     """Sessions and their events. The writes of a session take turns, and among servers a unique index decides:
     each event has an offset of its own, and none is left out. A cancelled caller's write is still finished.
 
-    Mutable state: `_drafts`, by session the events that wait for its turn: they share it, and a commit.
+    Parlant writes a streamed message again with each chunk. Here that is done every so often, and at once when the
+    message is complete: an acknowledged chunk is in PocketBase `streaming_interval` later, or before the session's
+    next event. Readers of this store see it at once. If it cannot be written, that is logged and tried again until
+    it can; meanwhile the message's next chunk is written before it is acknowledged, so its writer is told.
+
+    Args:
+        streaming_interval: seconds; 0 writes each chunk before it is acknowledged.
+
+    Raises:
+        ConfigError: it is given another database than ours.
     """
 
-    def __init__(self, database: PocketBaseDocumentDatabase, allow_migration: bool = False) -> None:
+    def __init__(
+        self,
+        database: PocketBaseDocumentDatabase,
+        allow_migration: bool = False,
+        *,
+        streaming_interval: float = STREAMING_INTERVAL,
+    ) -> None:
+        if not isinstance(database, PocketBaseDocumentDatabase):
+            raise ConfigError(
+                f"a PocketBaseSessionStore needs a PocketBaseDocumentDatabase, not a {type(database).__name__}"
+            )
         super().__init__(database, allow_migration)
-        self._drafts: dict[SessionId, list[_Draft]] = {}
+        self._log = database.log
+        self._home = database
+        self._held_back = HeldBack(streaming_interval, self._begin_to_write)
+        self._appends = Appends(lambda: self._events, self._serialize_event, self._begin_to_append)
+        self._deletions: Deletions
 
     create_session = held()(SessionDocumentStore.create_session)
-    delete_session = _of_session(SessionDocumentStore.delete_session)
     update_session = _of_session(SessionDocumentStore.update_session)
     set_metadata = _of_session(SessionDocumentStore.set_metadata)
     unset_metadata = _of_session(SessionDocumentStore.unset_metadata)
     upsert_labels = _of_session(SessionDocumentStore.upsert_labels)
     remove_labels = _of_session(SessionDocumentStore.remove_labels)
     delete_event = held()(SessionDocumentStore.delete_event)  # changes one field of its own
-    update_event = _of_session(SessionDocumentStore.update_event)
 
     @override
     async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        await self._events.ensure_indexes([_OFFSETS])
+        async with versions_told(self, self._database):
+            await super().__aenter__()
+        await self._events.ensure_indexes([OFFSETS])
+        self._deletions = Deletions(self._sessions, self._events, self._log)
+        await self._deletions.open(self._home)
+        self._home.write_first(self.flush)
         return self
+
+    @override
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: object | None,
+    ) -> None:
+        """Wait for all writes, and write what is held back.
+
+        Raises:
+            NotCommitted: that could not be done.
+        """
+        await super().__aexit__(exc_type, exc_value, traceback)
+        await self._deletions.close()
+        await self.flush()
+        if lost := self._held_back.let_all_go():
+            raise NotCommitted(
+                f"the last chunks of {len(lost)} streamed messages could not be written, as the log says: "
+                f"events {named([event for _, event in lost])}"
+            )
 
     @property
     def _sessions(self) -> PocketBaseDocumentCollection[Any]:
-        return _ours(self._session_collection)
+        return cast(PocketBaseDocumentCollection[Any], self._session_collection)
 
     @property
     def _events(self) -> PocketBaseDocumentCollection[Any]:
-        return _ours(self._event_collection)
+        return cast(PocketBaseDocumentCollection[Any], self._event_collection)
 
-    @override
-    async def create_event(
-        self,
-        session_id: SessionId,
-        source: EventSource,
-        kind: EventKind,
-        trace_id: str,
-        data: JSONSerializable,
-        metadata: Mapping[str, JSONSerializable] = {},
-        creation_utc: datetime | None = None,
-    ) -> Event:
-        """Append an event to a session. It is committed when this returns, and has the offset after the last.
+    async def flush(self) -> None:
+        """Write what is held back of streamed messages. That it cannot be written is logged."""
+        await asyncio.gather(*(self._write_held_back(*place) for place in self._held_back.places()))
 
-        Raises:
-            ItemNotFoundError: there is no such session.
-            InvalidDocument: the data is no JSON. Nothing was written.
-            PBCachedError: as `insert_one`.
-        """
-        draft = _Draft(
-            source,
-            kind,
-            snapshot(trace_id, "$.trace_id"),
-            snapshot(data, "$.data"),  # the caller may change it before its turn has come
-            snapshot(metadata, "$.metadata"),
-            creation_utc or datetime.now(UTC),
-        )
-        waiting = self._drafts.get(session_id)
-        if waiting is None:
-            self._drafts[session_id] = [draft]
-            self._hold(self._append(session_id))
-        else:
-            waiting.append(draft)
-        return await draft.outcome
-
-    async def _append(self, session_id: SessionId) -> None:
-        async with self._turn((str(session_id),)):
-            drafts = self._drafts.pop(session_id)
-            everyone = list(drafts)
-            try:
-                if not await self._sessions.exists({"id": {"$eq": session_id}}):
-                    raise ItemNotFoundError(item_id=UniqueId(session_id), message="Session not found")
-                if await self._append_all(session_id, drafts):  # seldom: what retries costs as much as a write
-                    async for attempt in attempts():
-                        with attempt:
-                            if late := await self._append_all(session_id, drafts):
-                                raise late
-            except Exception as error:
-                for draft in everyone:
-                    draft.fail(error)
-            finally:
-                for draft in everyone:
-                    draft.outcome.cancel()  # where the event loop ends; else all have been told
-
-    async def _append_all(self, session_id: SessionId, drafts: list[_Draft]) -> UniqueViolation | None:
-        """Give each event its offset, and commit them. What is left in `drafts` came too late: another server has
-        taken the offsets."""
-        latest = await self._events.greatest({"session_id": {"$eq": session_id}}, "offset")
-        offset = 0 if latest is None else latest + 1
-        made: list[tuple[_Draft, Event]] = []
-        operations: list[Operation] = []
-        for draft in drafts:
-            event = draft.event(offset)
-            try:
-                operations.append(self._events.insertion(self._serialize_event(event, session_id)))
-            except PBCachedError as error:  # and the offset is the next one's
-                draft.fail(error)
-                continue
-            made.append((draft, event))
-            offset += 1
-        drafts.clear()
-        refusal: UniqueViolation | None = None
-        for (draft, event), outcome in zip(made, await self._events.commit(operations), strict=True):
-            if outcome is None:
-                draft.succeed(event)
-            elif isinstance(outcome, UniqueViolation):
-                refusal = outcome
-                drafts.append(draft)
-            else:
-                draft.fail(outcome)
-        return refusal
+    # who waits for changes
 
     @property
     def hears_everything(self) -> bool:
@@ -211,6 +152,132 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
 
         return leave
 
+    # sessions and events
+
+    @_of_session
+    async def delete_session(self, session_id: SessionId) -> None:
+        """Delete a session and its events. Nobody finds either any more when the session is deleted. If the events
+        cannot be deleted then, by a crash, say, they are deleted later: by this store, or when one is opened."""
+        await self._deletions.delete(session_id)
+
+    @override
+    async def create_event(
+        self,
+        session_id: SessionId,
+        source: EventSource,
+        kind: EventKind,
+        trace_id: str,
+        data: JSONSerializable,
+        metadata: Mapping[str, JSONSerializable] = {},
+        creation_utc: datetime | None = None,
+    ) -> Event:
+        """Append an event to a session. It is committed when this returns, and has the offset after the last.
+
+        What is held back of the session's messages is written first: so a turn that was cancelled leaves its last
+        chunk in PocketBase before it is said that it was cancelled.
+
+        Raises:
+            ItemNotFoundError: there is no such session.
+            InvalidDocument: the data is no JSON. Nothing was written.
+            PBCachedError: as `insert_one`.
+        """
+        draft = Draft(
+            source,
+            kind,
+            snapshot(trace_id, "$.trace_id"),
+            snapshot(data, "$.data"),  # the caller may change it before its turn has come
+            snapshot(metadata, "$.metadata"),
+            creation_utc or datetime.now(UTC),
+        )
+        return await self._appends.add(session_id, draft)
+
+    def _begin_to_append(self, session_id: SessionId) -> None:
+        self._hold(self._append(session_id))
+
+    async def _append(self, session_id: SessionId) -> None:
+        async def prepare() -> None:
+            for event_id in self._held_back.of(session_id):
+                await self._write_held_back(session_id, event_id)
+            if not await self._sessions.exists({"id": {"$eq": session_id}}):
+                raise ItemNotFoundError(item_id=UniqueId(session_id), message="Session not found")
+
+        async with self._in_turn(session_id):
+            await self._appends.append(session_id, prepare)
+
+    @_of_session
+    async def update_event(self, session_id: SessionId, event_id: EventId, params: EventUpdateParams) -> Event:
+        """As Parlant's, but for the chunks of a streamed message: see the class."""
+        if "data" not in params:
+            await self._write_held_back(session_id, event_id)
+        elif params.keys() == {"data"} and is_on_its_way(params["data"]) and self._held_back.may_hold(event_id):
+            event = await super().update_event(session_id, event_id, {})
+            if event.kind == EventKind.MESSAGE:
+                return self._hold_back((session_id, event_id), event, params)
+        try:
+            event = await super().update_event(session_id, event_id, params)
+        except OutcomeUnknown:
+            # It may be applied yet. What is held back is older, and must not be written over it.
+            if "data" in params and self._held_back.data(event_id) is not None:
+                self._held_back.hold((session_id, event_id), dumps(params["data"]))
+            raise
+        if "data" in params and self._held_back.let_go(event_id):
+            self._wake(session_id)  # who was woken by the commit was still shown what lay here
+        return self._held_back.laid_over(event)
+
+    def _hold_back(self, place: Place, event: Event, params: EventUpdateParams) -> Event:
+        """Hold a chunk back, unless it is one that could not be written: that is said to its writer now."""
+        document: Mapping[str, Any] = self._serialize_event(event, place[0])
+        data = snapshot({"data": params["data"]})
+        self._events.codec.update("", 0, document, data)
+        self._held_back.hold(place, dumps(data["data"]))
+        self._wake(place[0])
+        return replace(event, data=data["data"])
+
+    def _wake(self, session_id: SessionId) -> None:
+        self._events.wake({"session_id": {"$eq": session_id}})
+
+    @override
+    async def read_event(self, session_id: SessionId, event_id: EventId) -> Event:
+        held = self._held_back.data(event_id) is not None
+        event = await super().read_event(session_id, event_id)
+        if held and self._held_back.data(event_id) is None:
+            # It was written while we read, and what we have may be older: it was shown to others.
+            event = await super().read_event(session_id, event_id)
+        return self._held_back.laid_over(event)
+
+    @override
+    async def list_events(self, session_id: SessionId, *args: Any, **kwargs: Any) -> Sequence[Event]:
+        held, deleted = self._held_back.of(session_id), self._deletions.decided
+        events = await super().list_events(session_id, *args, **kwargs)
+        # As in `read_event`; or the session was deleted, and these are what was left of its events at some moment.
+        if held - self._held_back.of(session_id) or deleted != self._deletions.decided:
+            events = await super().list_events(session_id, *args, **kwargs)
+        if not self._held_back.of(session_id):
+            return events
+        return [self._held_back.laid_over(event) for event in events]
+
+    def _begin_to_write(self, place: Place) -> None:
+        self._hold(self._write_held_back(*place))
+
+    @_of_session
+    async def _write_held_back(self, session_id: SessionId, event_id: EventId) -> None:
+        data = self._held_back.data(event_id)
+        if data is None:
+            return
+        where: Any = {"id": {"$eq": event_id}, "session_id": {"$eq": session_id}}
+        try:
+            await self._events.update_one(where, {"data": loads(data)})  # none matches where the session is gone
+        except PBCachedError as error:
+            self._log.warning(
+                "chunks of a streamed message are not written yet",
+                session=session_id,
+                event_id=event_id,
+                reason=str(error),
+            )
+            self._held_back.failed(event_id)
+        else:
+            self._held_back.let_go(event_id)
+
     @override
     async def _event_document_loader(self, doc: BaseDocument) -> Any:
         if semver.Version.parse(doc["version"]) <= semver.Version.parse(_UNCHANGED_SINCE):
@@ -220,9 +287,3 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
                 return None
             doc = cast(BaseDocument, {**migrated, "version": Version.String("0.9.0")})
         return await super()._event_document_loader(doc)
-
-
-def _ours(collection: object) -> PocketBaseDocumentCollection[Any]:
-    if not isinstance(collection, PocketBaseDocumentCollection):
-        raise PBCachedError("a PocketBaseSessionStore must be open, and on a PocketBaseDocumentDatabase")
-    return collection

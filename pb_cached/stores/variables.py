@@ -20,8 +20,9 @@ from typing_extensions import override
 
 from pb_cached.stores.held import HoldsItsWrites, held
 from pb_cached.stores.ids import UniqueIds
+from pb_cached.stores.versions import versions_told
 
-_VALUES: Final = CollectionIndex(
+VALUES: Final = CollectionIndex(
     fields=(("variable_id", SortDirection.ASC), ("key", SortDirection.ASC)), unique=True
 )
 _of_variable = held("variable_id")
@@ -51,8 +52,9 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
 
     @override
     async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        await self._value_collection.ensure_indexes([_VALUES])
+        async with versions_told(self, self._database):
+            await super().__aenter__()
+        await self._value_collection.ensure_indexes([VALUES])
         return self
 
     @held()

@@ -14,7 +14,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import msgspec
 from msgspec import Struct
 from parlant.adapters.db.transient import TransientDocumentDatabase
 from parlant.core.agents import AgentStore
@@ -28,13 +27,16 @@ from parlant.core.persistence.common import MigrationRequired
 from parlant.core.sessions import SessionListener, SessionStore
 from parlant.core.tracer import Tracer
 
+from pb_cached.cache.rules import PARLANT
 from pb_cached.config import (
-    CoherenceSettings,
+    CONFIG_VARIABLE,
     Config,
     PocketBaseSettings,
     checked_config,
     environment_is_silent,
+    exclusive,
     find_url,
+    near,
 )
 from pb_cached.database import PocketBaseDocumentDatabase
 from pb_cached.errors import ConfigError, EmbeddedServerError
@@ -170,9 +172,13 @@ async def open_stores(
     Raises:
         ConfigError: the configuration cannot be used.
         MigrationRequired: (Parlant's) the data is an older version's, and `migrate` under `[stores]` is off.
+        ServerOutdated: (Parlant's) the data is a newer version's.
         PBCachedError: PocketBase cannot be used.
     """
     settings = checked_config(config) if isinstance(config, Config) else Config.load(config)
+    _refuse_unknown_collections(
+        settings, "Config" if isinstance(config, Config) else str(config or os.environ.get(CONFIG_VARIABLE))
+    )
     log = log_through(logger, settings.logging)
     async with AsyncExitStack() as stack:
         if find_url(settings, connection_params) is None and connection_params is None and environment_is_silent():
@@ -186,7 +192,7 @@ async def open_stores(
                 ) from error
             connection_params = server.connection_params
             if settings.coherence.mode is None:  # nobody else knows where it is
-                settings = msgspec.structs.replace(settings, coherence=CoherenceSettings(mode="exclusive"))
+                settings = exclusive(settings)
 
         async def database(prefix: str) -> PocketBaseDocumentDatabase:
             return await stack.enter_async_context(
@@ -205,7 +211,7 @@ async def open_stores(
             await database(of.customer_prefix),
             await database(of.variable_prefix),
         )
-        sessions = PocketBaseSessionStore(databases[0], of.migrate)
+        sessions = PocketBaseSessionStore(databases[0], of.migrate, streaming_interval=of.streaming_interval)
         customers = PocketBaseCustomerStore(databases[1], of.migrate, ids=of.customer_ids)
         variables = PocketBaseContextVariableStore(databases[2], of.migrate)
         for store in (sessions, customers, variables):
@@ -217,6 +223,19 @@ async def open_stores(
                     "brought up to date. Servers with the older Parlant cannot open it afterwards"
                 ) from error
         yield Stores(sessions, customers, variables, databases, stack)
+
+
+def _refuse_unknown_collections(settings: Config, source: str) -> None:
+    """Settings for collections that none of the stores has, and would so have no effect."""
+    named_by = [("cache.warm", name) for name in settings.cache.warm]
+    named_by += [(f"collections.{name}", name) for name in settings.collections]
+    known = tuple(PARLANT)
+    for key, name in named_by:
+        if name not in known:
+            raise ConfigError(
+                f"{source}: {key}: none of Parlant's three stores has a collection '{name}'{near(name, known)}; "
+                f"expected some of {', '.join(known)}"
+            )
 
 
 def _refuse_credentials_without_url(settings: PocketBaseSettings) -> None:

@@ -17,7 +17,13 @@ from typing import Any, Final
 from cachetools import LRUCache
 
 from pb_cached.cache.predicate import Predicate
-from pb_cached.errors import PBCachedError, RecordNotFound, StaleRevision
+from pb_cached.errors import (
+    DocumentTooLarge,
+    InvalidDocument,
+    RecordNotFound,
+    RequestRejected,
+    StaleRevision,
+)
 from pb_cached.exact import Json, dumps, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.commit import Operation, Reply
@@ -178,8 +184,9 @@ class RecordChanges:
                 await asyncio.sleep(random.uniform(0, wait))
                 wait = min(2 * wait, _LONGEST_WAIT)
                 state = await self._again(record)
-            except PBCachedError:
-                if len(accepted) > 1:  # who is to blame?
+            except (RequestRejected, DocumentTooLarge, InvalidDocument):
+                # Who is to blame? Other errors blame nobody, and what may have been applied is not tried again.
+                if len(accepted) > 1:
                     raise _Apart from None
                 raise
             else:

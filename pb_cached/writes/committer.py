@@ -57,12 +57,12 @@ class _Write:
     """Operations that succeed or fail together, and whom to tell: whoever was cancelled is told nothing, and the
     write goes on."""
 
-    __slots__ = ("decided", "operations", "outcome", "size", "submitted")
+    __slots__ = ("decided", "failed", "operations", "outcome", "size", "submitted")
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         self.operations = operations
         self.outcome: Outcome = asyncio.get_running_loop().create_future()
-        self.decided = False
+        self.decided = self.failed = False
         self.submitted = time.monotonic()
         self.size = sum([operation.size for operation in operations])
 
@@ -172,17 +172,18 @@ class Committer:
                 turn.set_result(None)
 
     def _succeed(self, write: _Write, replies: list[Reply]) -> None:
-        self._decide(write)
+        self._leave(write)
         if not write.outcome.done():
             write.outcome.set_result(replies)
 
     def _fail(self, write: _Write, error: Exception) -> None:
-        self._decide(write)
+        self._leave(write)
+        write.failed = True
         if not write.outcome.done():
             write.outcome.set_exception(error)
             write.outcome.exception()  # nobody waiting is no reason for a warning
 
-    def _decide(self, write: _Write) -> None:
+    def _leave(self, write: _Write) -> None:
         write.decided = True
         self._records -= len(write.operations)
         self._bytes -= write.size
@@ -294,7 +295,28 @@ class Committer:
         return taken
 
     async def _commit(self, writes: list[_Write]) -> None:
-        """Decide every one of these writes. What PocketBase refuses fails alone, the rest is committed anew."""
+        """Decide every one of these writes.
+
+        Who violates a unique index may do so by another write of the same commit, which was not committed either,
+        and may never be. So the beaten are told when the others are decided, and where one of those has failed,
+        they are tried again.
+        """
+        while writes:
+            beaten = await self._decide(writes)
+            if not any(write.failed for write in writes if write not in beaten):
+                for write, (operation, error) in beaten.items():
+                    self._tell_refused(operation, error)
+                    self._fail(write, error)
+                self.counters.refused += len(beaten)
+                return
+            writes = list(beaten)
+
+    async def _decide(self, writes: list[_Write]) -> dict[_Write, tuple[Operation, UniqueViolation]]:
+        """Decide these writes, but for those that violate a unique index, and return those.
+
+        What PocketBase refuses fails alone, the rest is committed anew.
+        """
+        beaten: dict[_Write, tuple[Operation, UniqueViolation]] = {}
         while writes:
             operations = [operation for write in writes for operation in write.operations]
             begun = time.monotonic()
@@ -307,12 +329,15 @@ class Committer:
                 self._tell_committed(operations, replies)
             except Refused as refusal:
                 for index, error in refusal.errors.items():
+                    write = _owner(writes, index)
+                    if isinstance(error, UniqueViolation):
+                        beaten[write] = (operations[index], error)
+                        continue
                     self._tell_refused(operations[index], error)
-                    owner = _owner(writes, index)
-                    if not owner.decided:
-                        self._fail(owner, error)
-                left = [write for write in writes if not write.decided]
-                self.counters.refused += len(writes) - len(left)
+                    if not write.decided:
+                        self._fail(write, error)
+                left = [write for write in writes if not write.decided and write not in beaten]
+                self.counters.refused += sum(write.failed for write in writes)
                 self.counters.attempts_more += bool(left)
                 writes = left
                 continue
@@ -345,7 +370,8 @@ class Committer:
                 remaining = iter(replies)
                 for write in writes:
                     self._succeed(write, [next(remaining) for _ in write.operations])
-            return
+            break
+        return beaten
 
     def _tell_committed(self, operations: Sequence[Operation], replies: Sequence[Reply]) -> None:
         for operation, reply in zip(operations, replies, strict=True):

@@ -25,7 +25,7 @@ from pb_cached.pocketbase.commit.interface import (
 )
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.commit.triggers import FENCED
-from pb_cached.pocketbase.dialect import Dialect
+from pb_cached.pocketbase.dialect import Dialect, batch_switched_on_again, is_batch_off
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.schema import CollectionSpec, SchemaEditor
 from pb_cached.pocketbase.sql import Sql
@@ -92,6 +92,11 @@ class BatchPath:
         """See to it that the log is there."""
         await self._schema.ensure(self._spec)
 
+    @property
+    def last(self) -> int:
+        """The number of our last commit."""
+        return self._receipts.last
+
     async def leave(self, collection: str) -> None:
         """Nothing is bound to it."""
 
@@ -115,13 +120,17 @@ class BatchPath:
         index, inner = culprit(answer)
         if answer.status == 413 or (index is None and _LONG in answer.content):
             raise TooLarge
-        if answer.in_doubt or index == 0:
+        if answer.in_doubt or (index == 0 and inner.status == 400):  # else it was refused for who we are, or where
             try:
                 if await self._receipts.settled(receipt, answer.in_doubt, end):
                     self._receipts.take(n)
                     return await self._read_back(operations, end)
             except PBCachedError as error:
                 raise self._receipts.unknown(n, len(operations)) from error
+        if is_batch_off(answer) and time.monotonic() < end:
+            if (refusal := await batch_switched_on_again(self._client, self._dialect)) is not None:
+                raise refusal
+            return await self.commit(operations, deadline=left(end))
         if index is None or not 0 < index <= len(operations):
             raise await self._rejection(inner)
         operation = operations[index - 1]
@@ -184,6 +193,8 @@ def batch_verdict(answer: Answer) -> Verdict:
     """What an answer of `/api/batch` means for the request."""
     if answer.ok and not answer.content.startswith(b"["):
         return Verdict.DOUBT  # somebody's friendly page
+    if is_batch_off(answer):
+        return Verdict.FINAL  # whoever we are
     if answer.status != 400:
         return by_status(answer)
     index, inner = culprit(answer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 
 import msgspec
 from msgspec import Struct
@@ -87,7 +87,15 @@ class Installation:
         """Apply no commits to a collection any more: it is about to be deleted."""
         self._layouts = {k: layout for k, layout in self._layouts.items() if layout.collection != collection}
         if self._sql is not None:
-            await self._sql.run(triggers.departure(collection, await look(self._sql, self._name)))
+            found = await look(self._sql, self._name, [collection])
+            await self._sql.run(triggers.departure(collection, found))
+
+    async def applies(self, layout: CommitLayout) -> bool:
+        """Is the layout's trigger there? Where nobody lets us look, it is taken to be."""
+        if self._sql is None:
+            return True
+        query = f"SELECT name FROM sqlite_master WHERE type='trigger' AND name='{layout.trigger.name}'"
+        return bool(await self._sql.select(query))
 
     async def repair(self) -> bool:
         """Make everything as it must be. Tells whether anything was not.
@@ -111,9 +119,11 @@ class Installation:
         """Several servers may be at it: they all want the same. No turn is taken, as that takes a record in the
         log, and where a collection was deleted, its trigger lets none in."""
         layouts = tuple(self._layouts.values())
+        collections = {layout.collection for layout in layouts}
         answer = Answer(200, b"")
         for round_ in range(_ROUNDS):
-            statements = triggers.repairs(self._name, layouts, await look(sql, self._name))
+            found = await look(sql, self._name, collections)
+            statements = triggers.repairs(self._name, layouts, found)
             if not statements:
                 return round_ > 0
             answer = await sql.run(statements)
@@ -121,27 +131,32 @@ class Installation:
         raise SchemaError(f"the triggers of '{self._name}' could not be installed: {reason}")
 
 
-async def look(sql: Sql, log: str) -> Found:
-    """What of ours there is."""
+async def look(sql: Sql, log: str, collections: Collection[str] | None = None) -> Found:
+    """What of ours there is, as far as these collections and the log are concerned; None: all collections."""
+    where = "1"
+    if collections is not None:
+        on = _listed([log, *collections])
+        applied = " OR ".join(map(triggers.applying, collections)) or "0"
+        where = _short(f"(tbl_name IN ({on}) OR {applied})")
     found: dict[str, Trigger] = {}
-    tables: set[str] = set()
-    last = ""
-    while True:
-        rows = await sql.select(
-            "SELECT type, name, tbl_name, CASE type WHEN 'trigger' THEN sql END FROM sqlite_master WHERE "
-            f"(type='table' OR (type='trigger' AND name GLOB '{triggers.NAMES}*')) AND name>'{last}' "
-            f"ORDER BY name LIMIT {_ROWS}"
-        )
-        for type_, name, table, text in rows:
-            if type_ == "table":
-                tables.add(name)
-            else:
-                found[name] = Trigger(name, table, text.removeprefix(f"CREATE TRIGGER {name} "))
-        if len(rows) < _ROWS:
-            break
-        last = rows[-1][1]
+    async for name, table, text in _all(
+        sql,
+        "SELECT name, tbl_name, sql FROM sqlite_master "
+        f"WHERE type='trigger' AND name GLOB '{triggers.NAMES}*' AND {where} AND name>'{{last}}'",
+    ):
+        found[name] = Trigger(name, table, text.removeprefix(f"CREATE TRIGGER {name} "))
+    if collections is not None:
+        named = {log, triggers.LOGS, triggers.EDITS, *collections, *map(triggers.applies_to, found.values())}
+        where = _short(f"name IN ({_listed(sorted(named))})")
+    tables: dict[str, frozenset[str]] = {}
+    async for name, columns in _all(
+        sql,
+        "SELECT name, (SELECT group_concat(c.name) FROM pragma_table_info(m.name) c) FROM sqlite_master m "
+        f"WHERE type='table' AND {where} AND name>'{{last}}'",
+    ):
+        tables[name] = frozenset(columns.split(","))
     kept: list[list[str]] = []
-    if tables >= {triggers.LOGS, log}:
+    if tables.keys() >= {triggers.LOGS, log}:
         kept = await sql.select(
             f"SELECT 'log', log FROM {triggers.LOGS} WHERE log='{log}' "
             f"UNION ALL SELECT 'bar', id FROM `{log}` WHERE id='{triggers.BAR}' AND layout='' "
@@ -149,20 +164,41 @@ async def look(sql: Sql, log: str) -> Found:
         )
     return Found(
         triggers=found,
-        tables=frozenset(tables),
+        tables=tables,
         logs=frozenset(value for kind, value in kept if kind == "log"),
         barred=frozenset(log for kind, _ in kept if kind == "bar"),
     )
+
+
+async def _all(sql: Sql, query: str) -> AsyncIterator[list[str]]:
+    """All rows of a query whose first column is the name that they rise by."""
+    last = ""
+    while True:
+        rows = await sql.select(f"{query.format(last=last)} ORDER BY name LIMIT {_ROWS}")
+        for row in rows:
+            yield row
+        if len(rows) < _ROWS:
+            return
+        last = rows[-1][0]
+
+
+def _short(condition: str) -> str:
+    """A condition, unless it is too long for a call: then all is asked for."""
+    return condition if len(condition) < MOST_CHARACTERS - 500 else "1"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ",".join(f"'{name}'" for name in names)
 
 
 async def drop_orphans(client: PocketBaseClient, log: Log) -> None:
     """Take away the triggers of collections that others have deleted, before anything else is changed."""
     sql = Sql(client)
     try:
-        statements = triggers.orphans(await look(sql, ""))
-        if statements:
-            log.warning("dropping the triggers of collections that were deleted", count=len(statements))
-            await sql.run(statements)
+        names = [name for (name,) in await sql.select(triggers.ORPHANED)]
+        if names:
+            log.warning("dropping the triggers of collections that were deleted", count=len(names))
+            await sql.run([f"DROP TRIGGER IF EXISTS {name}" for name in names])
     except RequestRejected as error:
         log.warning("the SQL endpoint is closed to us", reason=str(error))
 

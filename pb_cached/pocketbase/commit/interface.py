@@ -8,7 +8,7 @@ from typing import Final, Literal, Protocol
 
 from msgspec import Struct
 
-from pb_cached.errors import CollectionNotFound, RequestRejected
+from pb_cached.errors import RequestRejected, SchemaError
 
 VERBS: Final = {"POST": "insert", "PATCH": "update", "DELETE": "delete"}
 
@@ -58,7 +58,8 @@ class Reply(Struct, frozen=True):
     """PocketBase's JSON of it; empty where there is none any more; None where it is as the operation says."""
 
 
-Refusal = RequestRejected | CollectionNotFound
+Refusal = RequestRejected | SchemaError
+"""Of one operation; the latter where its collection is gone, or not as it must be."""
 
 
 class Refused(Exception):

@@ -50,7 +50,7 @@ from pb_cached.pocketbase.commit.interface import (
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.commit.triggers import CommitLayout
 from pb_cached.pocketbase.commit.uniques import violations
-from pb_cached.pocketbase.dialect import Dialect
+from pb_cached.pocketbase.dialect import Dialect, batch_switched_on_again, is_batch_off
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.sql import Sql
 
@@ -63,6 +63,14 @@ _SECTIONS: Final = {"POST": b"c", "PATCH": b"u", "DELETE": b"d"}
 class _Created(Struct):
     id: str
     stale: str | None = None
+
+
+class _Field(Struct):
+    name: str
+
+
+class _Fields(Struct):
+    fields: list[_Field] = []
 
 
 class _Row(Struct):
@@ -79,13 +87,14 @@ class _Result(Struct):
 
 
 _created: Final = msgspec.json.Decoder(_Created)
+_fields: Final = msgspec.json.Decoder(_Fields)
 _results: Final = msgspec.json.Decoder(list[_Result])
 
 
 class LogPath:
     """One commit at a time.
 
-    Mutable state: `_layouts`, by their keys.
+    Mutable state: `_layouts`, by their keys; `_batches`, whether the batch API is open to us.
     """
 
     name: Final = "log"
@@ -102,10 +111,11 @@ class LogPath:
         self._receipts = Receipts(client, log, server)
         self._installation = installation
         self._layouts: dict[str, CommitLayout] = {}
+        self._batches = dialect.batch is not None
 
     @property
     def mixes(self) -> bool:
-        return self._dialect.batch is not None
+        return self._batches
 
     @property
     def last(self) -> int:
@@ -190,6 +200,11 @@ class LogPath:
                 raise self._receipts.unknown(last, len(operations)) from error
         if answer.status == 413:
             raise TooLarge
+        if len(entries) > 1 and is_batch_off(answer) and time.monotonic() < end:
+            if (refusal := await batch_switched_on_again(self._client, self._dialect)) is not None:
+                self._batches = False
+                raise Unexplained(refusal)  # the operations of one layout can do without it
+            return await self._attempt(operations, end)
         return answer
 
     def _entries(self, receipt: str, operations: Sequence[Operation]) -> list[bytes]:
@@ -198,8 +213,12 @@ class LogPath:
         for operation in operations:
             by_layout.setdefault(operation.layout, []).append(operation)
         if len(by_layout) > 1 and not self.mixes:
-            raise SchemaError(
-                "what concerns several collections is committed by PocketBase's batch API, which is switched off"
+            raise Unexplained(
+                RequestRejected(
+                    "commit: what concerns several collections takes PocketBase's batch API, which is off; "
+                    "nothing was written. Switch it on in its dashboard, and open the database again",
+                    status=403,
+                )
             )
         return [
             self._receipts.entry(
@@ -228,15 +247,24 @@ class LogPath:
         return await violations(self._client, operations, self._layouts)
 
     async def _homeless(self, operations: Sequence[Operation]) -> dict[int, Refusal]:
-        """Those whose collection is not there any more."""
+        """Those whose collection is not there any more, or has lost its trigger, and columns that one needs."""
         blamed: dict[int, Refusal] = {}
-        gone: dict[str, bool] = {}
+        answers: dict[str, Answer] = {}
         for index, operation in enumerate(operations):
             collection = operation.collection
-            if collection not in gone:
-                gone[collection] = (await self._client.send("GET", f"/api/collections/{collection}")).status == 404
-            if gone[collection]:
+            if collection not in answers:
+                answers[collection] = await self._client.send("GET", f"/api/collections/{collection}")
+            answer = answers[collection]
+            if answer.status == 404:
                 blamed[index] = missing_collection(operation.what)
+            elif answer.ok:
+                layout = self._layouts[operation.layout]
+                lost = layout.columns - {field.name for field in _fields.decode(answer.content).fields}
+                if lost and not await self._installation.applies(layout):
+                    blamed[index] = SchemaError(
+                        f"{operation.what}: PocketBase's collection has lost columns ({', '.join(sorted(lost))}), "
+                        "and with them the trigger that commits go by. Open the database again to have them back"
+                    )
         return blamed
 
     async def _stale(self, operations: Sequence[Operation]) -> dict[int, Refusal]:

@@ -64,7 +64,7 @@ class Receipts:
         answer = await self._client.send("GET", f"{self.path}/{receipt}", deadline=left(end))
         if answer.ok:
             return msgspec.json.decode(answer.content, type=_Entry).n > 0
-        if in_doubt:
+        if in_doubt or answer.status != 404:  # a commit that arrived twice was refused and applied
             raise refused(answer, "read the log")
         return False
 

@@ -48,6 +48,16 @@ TABLES: Final = (
     "at TEXT DEFAULT (strftime('%Y-%m-%d %H:%M:%fZ')))",
 )
 
+_DELETION: Final = "\nDELETE FROM "
+"""By this a layout's trigger is known, and its collection, which follows."""
+ORPHANED: Final = (
+    "SELECT name FROM (SELECT name, trim(substr(t,1,instr(t,' ')-1),'`\"') c FROM "
+    f"(SELECT name, substr(sql,instr(sql,char(10)||'{_DELETION.strip()} ')+{len(_DELETION)}) t FROM sqlite_master "
+    f"WHERE type='trigger' AND name GLOB '{NAMES}*' AND instr(sql,char(10)||'{_DELETION.strip()} '))) "
+    "WHERE c NOT IN (SELECT name FROM sqlite_master WHERE type='table')"
+)
+"""Asks for the triggers of collections that were deleted."""
+
 _NOW: Final = "strftime('%Y-%m-%d %H:%M:%fZ')"
 
 
@@ -90,6 +100,11 @@ class CommitLayout(Struct, frozen=True):
     def key(self) -> str:
         """What a commit calls it by."""
         return _digest(self._body)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """All that the trigger names."""
+        return frozenset(["id", *(slot.column for slot in self.slots), "rev", "updated"])
 
     @property
     def _body(self) -> str:
@@ -165,8 +180,8 @@ class Found(Struct, frozen=True):
 
     triggers: Mapping[str, Trigger]
     """By name."""
-    tables: frozenset[str]
-    """All tables, PocketBase's collections among them."""
+    tables: Mapping[str, frozenset[str]]
+    """The columns of all tables, PocketBase's collections among them."""
     logs: frozenset[str]
     """Those that the table of logs has."""
     barred: frozenset[str]
@@ -195,16 +210,18 @@ def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str
     """The statements after which commits of these layouts can be made; none where all is as it must be.
 
     Layouts of others stay, unless they are orphans, or commit to the same collection by another log: the watch
-    would take each for a foreign hand to the other.
+    would take each for a foreign hand to the other. One of ours whose columns are not all there is left as it
+    is: where a person has renamed one, SQLite has written the new name into the trigger, and it works. One with
+    the old name would stop every commit of the log, as each compiles all of its triggers.
     """
     statements = orphans(found)
-    if not {LOGS, EDITS} <= found.tables:
+    if not {LOGS, EDITS} <= found.tables.keys():
         statements += TABLES
     wanted = [fence(log)]
     for layout in layouts:
-        if layout.collection in found.tables:
+        if layout.columns <= found.tables.get(layout.collection, frozenset()):
             wanted += [layout.trigger, *watch(log, layout.collection)]
-    statements += map(_drop, _strays(log, wanted, layouts, found))
+    statements += map(_drop, _strays(log, layouts, found))
     for trigger in wanted:
         there = found.triggers.get(trigger.name)
         if there is not None and there.sql != trigger.sql:
@@ -221,11 +238,10 @@ def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str
     return statements
 
 
-def _strays(
-    log: str, wanted: Sequence[Trigger], layouts: Sequence[CommitLayout], found: Found
-) -> Iterator[Trigger]:
+def _strays(log: str, layouts: Sequence[CommitLayout], found: Found) -> Iterator[Trigger]:
     collections = {layout.collection for layout in layouts}
-    names = {trigger.name for trigger in wanted}
+    watches = [trigger for collection in collections for trigger in watch(log, collection)]
+    names = {trigger.name for trigger in (fence(log), *watches)}
     for trigger in found.triggers.values():
         if collection := applies_to(trigger):
             is_stray = collection in collections and trigger.table != log
@@ -233,6 +249,32 @@ def _strays(
             is_stray = trigger.table in {log, *collections}
         if is_stray and trigger.name not in names:
             yield trigger
+
+
+def faults(log: str, found: Found) -> list[str]:
+    """What is not as it must be about the triggers of a log, whatever the layouts that commits go by. Empty where
+    all is."""
+    lost = orphans(found)
+    said = ["those of deleted collections are still there"] if lost else []
+    if len(repairs(log, (), found)) > len(lost):
+        said.append("the log's own are not as they were made")
+    for trigger in found.triggers.values():
+        collection = applies_to(trigger)
+        if trigger.table != log or collection not in found.tables:
+            continue
+        key = trigger.name.removeprefix(NAMES)
+        head = f"BEFORE INSERT ON `{log}` WHEN NEW.layout='{key}' BEGIN\n"
+        if _digest(trigger.rest.removeprefix(head).removesuffix("END")) != key:
+            said.append(f"one that applies commits to '{collection}' was changed")
+        if any(each.sql != getattr(found.triggers.get(each.name), "sql", "") for each in watch(log, collection)):
+            said.append(f"those that look after '{collection}' are not as they were made")
+    return list(dict.fromkeys(said))
+
+
+def applied(log: str, found: Found) -> frozenset[str]:
+    """The collections that the commits of a log are applied to."""
+    of_log = (trigger for trigger in found.triggers.values() if trigger.table == log)
+    return frozenset(filter(None, map(applies_to, of_log)))
 
 
 def passed(log: str) -> str:
@@ -252,7 +294,7 @@ def trim(log: str, before_id: str, before: str) -> list[str]:
 def removal(log: str, found: Found) -> list[str]:
     """The statements that take our triggers away from a log. The data stays, and so does the bar: a server that is
     still at work would else write where nothing applies it."""
-    if not {LOGS, log} <= found.tables:
+    if not {LOGS, log} <= found.tables.keys():
         return []
     of_log = [trigger for trigger in found.triggers.values() if trigger.table == log]
     tables = {log, *map(applies_to, of_log)}
@@ -267,9 +309,15 @@ def _drop(trigger: Trigger) -> str:
     return f"DROP TRIGGER IF EXISTS {trigger.name}"
 
 
+def applying(collection: str) -> str:
+    """The SQL condition by which the layouts' triggers of a collection are found. Where that was renamed, SQLite
+    has written its new name, in quotation marks of its own."""
+    return " OR ".join(f"instr(sql,'{_DELETION.strip()} {quote}{collection}{quote}')" for quote in '`"')
+
+
 def applies_to(trigger: Trigger) -> str:
     """The collection that a layout's trigger is for; empty for the other kinds."""
-    _, found, rest = trigger.rest.partition("\nDELETE FROM ")
+    _, found, rest = trigger.rest.partition(_DELETION)
     return rest.split(None, 1)[0].strip('`"') if found else ""
 
 

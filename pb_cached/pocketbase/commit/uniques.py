@@ -19,6 +19,7 @@ _UNIQUE: Final = re.compile(r"CREATE\s+UNIQUE\s+INDEX\b.*\((?P<columns>[^()]*)\)
 _COLUMN: Final = re.compile(r"[`\"\[]?(?P<name>\w+)[`\"\]]?(?:\s+(?:ASC|DESC))?\Z", re.IGNORECASE)
 
 Key = tuple[Any, ...]
+Columns = tuple[str, ...]
 
 
 class _Collection(Struct):
@@ -28,32 +29,39 @@ class _Collection(Struct):
 async def violations(
     client: PocketBaseClient, operations: Sequence[Operation], layouts: Mapping[str, CommitLayout]
 ) -> dict[int, Refusal]:
-    """The operations that would leave two records with what must be unique: of several in this commit all but the
-    first, and those that find it taken.
+    """The operations that would leave two records with what must be unique: those that find it taken, and of the
+    others all whose key one before them has that is not to blame itself.
 
     Updates that name but a part of an index's columns are not looked at.
     """
     blamed: dict[int, Refusal] = {}
     deleted = {operation.record_id for operation in operations if operation.method == "DELETE"}
+    claims: list[tuple[str, Columns, dict[int, Key]]] = []
     for collection in dict.fromkeys(operation.collection for operation in operations):
         for columns in await _unique_indexes(client, collection):
-            wanted: dict[Key, int] = {}
-            for index, operation in enumerate(operations):
-                if operation.collection != collection or index in blamed:
-                    continue
-                key = _key(operation, layouts[operation.layout], columns)
-                if key is None:
-                    continue
-                if key in wanted:
-                    blamed[index] = _violation(operation, columns)
-                else:
-                    wanted[key] = index
+            wanted = {
+                index: key
+                for index, operation in enumerate(operations)
+                if operation.collection == collection
+                and (key := _key(operation, layouts[operation.layout], columns)) is not None
+            }
+            claims.append((collection, columns, wanted))
             for index in await _taken(client, collection, columns, wanted, operations, deleted):
                 blamed[index] = _violation(operations[index], columns)
+    granted: set[tuple[str, Columns, Key]] = set()
+    for index, operation in enumerate(operations):
+        if index in blamed:
+            continue
+        own = [(collection, columns, wanted[index]) for collection, columns, wanted in claims if index in wanted]
+        clash = next((columns for collection, columns, key in own if (collection, columns, key) in granted), None)
+        if clash is None:
+            granted.update(own)
+        else:
+            blamed[index] = _violation(operation, clash)
     return blamed
 
 
-async def _unique_indexes(client: PocketBaseClient, collection: str) -> list[tuple[str, ...]]:
+async def _unique_indexes(client: PocketBaseClient, collection: str) -> list[Columns]:
     """The columns of each unique index that covers all records."""
     answer = await client.send("GET", f"/api/collections/{collection}")
     if not answer.ok:
@@ -88,7 +96,7 @@ async def _taken(
     client: PocketBaseClient,
     collection: str,
     columns: Sequence[str],
-    wanted: Mapping[Key, int],
+    wanted: Mapping[int, Key],
     operations: Sequence[Operation],
     deleted: set[str],
 ) -> list[int]:
@@ -100,7 +108,7 @@ async def _taken(
     tail = f") SELECT v.i, c.id FROM v JOIN `{collection}` c ON {same} AND c.id<>v.r"
     rows = [
         f"({index},'{operations[index].record_id}',{','.join(literals)})"
-        for key, index in wanted.items()
+        for index, key in wanted.items()
         if (literals := _literals(key)) is not None
     ]
     for some in _chunks(rows, MOST_CHARACTERS - len(head) - len(tail)):
