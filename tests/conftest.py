@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,45 @@ def silent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PB_CACHED_CONFIG", raising=False)
 
 
+TESTS_OF_A_SERVER = 30
+"""PocketBase looks at all of its collections for each that is made, so a server slows down with those of the tests
+before: after so many a new one takes over."""
+
+
+class Servers:
+    """One server after the other."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._stack = AsyncExitStack()
+        self._server: PocketBaseServer | None = None
+        self._tests = 0
+
+    async def next(self) -> PocketBaseServer:
+        """The server for the next test."""
+        if self._server is None or self._tests == TESTS_OF_A_SERVER:
+            await self.close()
+            folder = self._folders.mktemp("pocketbase")
+            self._server = await self._stack.enter_async_context(PocketBaseServer(folder))
+            self._tests = 0
+        self._tests += 1
+        return self._server
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def pocketbase(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[PocketBaseServer]:
-    """One server for all tests that leave it running."""
-    async with PocketBaseServer(tmp_path_factory.mktemp("pocketbase")) as server:
-        yield server
+async def pocketbases(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servers]:
+    opened = Servers(tmp_path_factory)
+    yield opened
+    await opened.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def pocketbase(pocketbases: Servers) -> PocketBaseServer:
+    """A server for all tests that leave it running."""
+    return await pocketbases.next()
 
 
 @pytest.fixture
