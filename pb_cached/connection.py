@@ -142,7 +142,7 @@ class Connection:
         self.follower.follow_log(
             log,
             home,
-            lambda: path.last,
+            path.receipts,
             self._config.writes.log_retention,
             committer.trim,
             is_whole=isinstance(path, LogPath),

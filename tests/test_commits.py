@@ -982,7 +982,7 @@ async def test_before_batches_an_update_without_an_answer_is_unknown(
     proxy.plan("PATCH", f"/api/collections/{table}/", fault)
     with pytest.raises(OutcomeUnknown):
         await path.commit([change(table, id_)], deadline=PATIENCE)
-    assert proxy.count("PATCH", "/") == 1
+    assert proxy.count("PATCH", f"/api/collections/{table}/") == 1
 
 
 # everything at once

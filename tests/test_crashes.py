@@ -42,10 +42,16 @@ async def begin(stores: Stores) -> SessionId:
     return (await stores.session_store.create_session(CustomerId("ida"), AgentId("robin"))).id
 
 
-async def ids_by_offset(stores: Stores, session: SessionId) -> list[str]:
-    """Fails where a number is missing, or is there twice, or an event is not whole."""
+async def ids_by_offset(stores: Stores, session: SessionId, *, restored: bool = False) -> list[str]:
+    """Fails where a number is missing, or is there twice, or an event is not whole.
+
+    Args:
+        restored: a backup was, under writers: an event that was on its way then has the number that followed before
+            that, and leaves some out.
+    """
     events = sorted(await stores.session_store.list_events(session), key=lambda event: event.offset)
-    assert [event.offset for event in events] == list(range(len(events)))
+    offsets = [event.offset for event in events]
+    assert len(set(offsets)) == len(offsets) if restored else offsets == list(range(len(events)))
     assert all(map(is_whole, events))
     return [event.id for event in events]
 
@@ -175,7 +181,7 @@ async def test_a_restored_backup_holds_whole_commits_and_swallows_no_write(backu
             await backups.restore("one")
             restored = callers.now
             await callers.until(50)
-        found = {id_ for session in sessions for id_ in await ids_by_offset(stores, session)}
+        found = {id_ for session in sessions for id_ in await ids_by_offset(stores, session, restored=True)}
         acknowledged = callers.acknowledged
         assert all(id_ in found for _, _, id_ in acknowledged[:backed_up_from])
         assert all(id_ in found for begun, _, id_ in acknowledged if begun >= restored)
@@ -189,7 +195,7 @@ async def test_a_restored_backup_holds_whole_commits_and_swallows_no_write(backu
         ):
             await callers.until(20)
             await other_callers.until(20)
-        later = {id_ for session in sessions for id_ in await ids_by_offset(stores, session)}
+        later = {id_ for session in sessions for id_ in await ids_by_offset(stores, session, restored=True)}
         assert later == found | {id_ for _, _, id_ in (*callers.acknowledged, *other_callers.acknowledged)}
         await require_whole_commits(backups.http, prefix)
 

@@ -709,7 +709,10 @@ async def test_the_collections_that_settings_may_name_are_those_of_the_stores(
     config = Config(stores=settings, coherence=EXCLUSIVE)
     async with open_stores(config, connection_params=pocketbase.connection_params) as stores:
         told = stores.stats()
-    assert {*told.sessions.collections, *told.customers.collections, *told.variables.collections} == {*PARLANT}
+    assert {*told.sessions.collections, *told.customers.collections, *told.variables.collections} == {
+        *PARLANT,
+        "deletions",
+    }
 
 
 @pytest.mark.parametrize(
@@ -767,7 +770,10 @@ async def test_where_others_cannot_be_followed_it_is_logged_once_that_every_read
     assert caplog.text.count('`mode = "exclusive"` under [coherence]') == lines
 
 
-async def test_without_a_cache_the_stores_have_nothing_to_tell(stores: Stores) -> None:
-    told = stores.stats()
+async def test_without_a_cache_the_stores_have_nothing_to_tell(pocketbase: PocketBaseServer, prefix: str) -> None:
+    settings = StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
+    config = Config(stores=settings, coherence=CoherenceSettings(mode="off"))
+    async with open_stores(config, connection_params=pocketbase.connection_params) as stores:
+        told = stores.stats()
     for stats in (told.sessions, told.customers, told.variables):
         assert (stats.cache_bytes, stats.cache_max_bytes, stats.collections) == (0, 0, {})

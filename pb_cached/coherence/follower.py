@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from typing import Final
@@ -36,6 +37,7 @@ from pb_cached.coherence.stats import CoherenceCounters, CoherenceStats
 from pb_cached.config import CoherenceSettings
 from pb_cached.errors import PBCachedError, SchemaError
 from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.realtime import RealtimeStream
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.telemetry import Log
@@ -54,7 +56,7 @@ class _Log(Struct, frozen=True):
 
     feed: Feed
     home: str
-    last: Callable[[], int]
+    receipts: Receipts
     retained: float
     trim: Callable[[], Awaitable[None]]
     is_whole: bool
@@ -83,10 +85,11 @@ class Follower:
     """Mutable state, changed between awaits only: `_logs` and `_collections`, what is followed, and `_homes`,
     the collection that commits of a layout are for; `_covered`, the topics that the stream brings; `_sent`, our
     beats that have not come yet, and `_receipts`, for each log the last that PocketBase has, and in which log;
-    `_unclear`, records that must be read, `_clearing`, those that are being read, and `_strangers`, commits of
-    layouts that we do not know, each with the time since when; `_identities`, of collections, and `_last_edit`,
-    which show what was made anew; `_is_dead`, is the stream believed to be, `_good_at`, when was last seen that
-    all caches may answer, and `_is_said`, was it said that they may not?
+    `_seen`, for each log the last commit that has come, and when, and `_witnesses`, what was known to be there
+    when the stream was lost; `_unclear`, records that must be read, `_clearing`, those that are being read, and
+    `_strangers`, commits of layouts that we do not know, each with the time since when; `_identities`, of
+    collections, and `_last_edit`, which show what was made anew; `_is_dead`, is the stream believed to be,
+    `_good_at`, when was last seen that all caches may answer, and `_is_said`, was it said that they may not?
     """
 
     def __init__(
@@ -112,6 +115,8 @@ class Follower:
         self._covered: frozenset[str] = frozenset()
         self._sent: dict[str, _Beat] = {}
         self._receipts: dict[str, tuple[str, str]] = {}
+        self._seen: dict[str, tuple[str, float]] = {}
+        self._witnesses: dict[str, list[tuple[str, str]]] = {}
         self._unclear: dict[str, dict[str, float]] = {}
         self._clearing: dict[str, dict[str, float]] = {}
         self._strangers: list[tuple[Feed, Entry, float]] = []
@@ -131,7 +136,7 @@ class Follower:
         self,
         log: str,
         home: str,
-        last: Callable[[], int],
+        receipts: Receipts,
         retained: float,
         trim: Callable[[], Awaitable[None]],
         *,
@@ -140,14 +145,16 @@ class Follower:
         """Follow a log, if it is not followed already.
 
         Args:
-            home: the log by which its database's beats go. last: tells the number that we have taken last.
-            retained: how long its entries are there, in seconds. trim: forgets those that are older. is_whole:
-            do its entries hold what they have changed, and do triggers note what foreign hands change? If
-                not, PocketBase's own events tell of both.
+            home: the log by which its database's beats go.
+            receipts: of our own commits.
+            retained: how long its entries are there, in seconds.
+            trim: forgets those that are older.
+            is_whole: do its entries hold what they have changed, and do triggers note what foreign hands change?
+                If not, PocketBase's own events tell of both.
         """
         if log not in self._logs:
             feed = Feed(log, self._settings.max_staleness)
-            self._logs[log] = _Log(feed, home, last, retained, trim, is_whole)
+            self._logs[log] = _Log(feed, home, receipts, retained, trim, is_whole)
             self._topics_changed()
 
     def follow(self, log: str, collection: FollowedCollection, reader: RecordReader) -> Callable[[], bool]:
@@ -215,7 +222,9 @@ class Follower:
         self._counters.losses += bool(self._covered)
         self._covered = frozenset()
         self._sent.clear()
-        for log in self._logs.values():
+        for name, log in self._logs.items():
+            if log.feed.behind_since is None:
+                self._witnesses[name] = list(self._known(log))
             log.feed.lost()
 
     def received(self, topic: str, data: bytes) -> None:
@@ -251,7 +260,11 @@ class Follower:
     def _arrived(self, feed: Feed, entry: Entry) -> None:
         if entry.layout == BEAT:
             self._beat_arrived(feed, entry)
-        elif entry.n > 0 and entry.server != self.server:  # of ours, the caches were told with the answer
+            return
+        if entry.n <= 0:
+            return
+        self._seen[feed.log] = entry.id, time.monotonic()
+        if entry.server != self.server:  # of ours, the caches were told with the answer
             for due in feed.arrived(entry):
                 self._apply(feed, due)
             if feed.is_waiting or feed.behind_since is not None:
@@ -384,13 +397,27 @@ class Follower:
         feed = log.feed
         if feed.behind_since is not None and now() - feed.behind_since > log.retained:
             return True
-        receipt = self._receipts.get(feed.log)
-        return receipt is not None and not await self._pocketbase.has(*receipt)
+        for of, id_ in self._witnesses.get(feed.log, ()):
+            if not await self._pocketbase.has(of, id_):
+                return True
+        return False
+
+    def _known(self, log: _Log) -> Iterator[tuple[str, str]]:
+        """Entries of which we know that they are there, the last ones of ours and of others, and their logs."""
+        name = log.feed.log
+        if name in self._receipts:
+            yield self._receipts[name]
+        for entry, at in filter(None, (log.receipts.acknowledged, self._seen.get(name))):
+            if time.monotonic() - at < log.retained:
+                yield name, entry
 
     def _begin_anew(self, feed: Feed) -> None:
         """Nothing holds that was known by this log."""
         self._counters.epochs += 1
         self._receipts.pop(feed.log, None)
+        self._seen.pop(feed.log, None)
+        self._witnesses.pop(feed.log, None)
+        self._logs[feed.log].receipts.acknowledged = None
         feed.forget()
         for followed in self._of(feed):
             followed.collection.restored()
@@ -494,7 +521,7 @@ class Follower:
     async def _beat_by(self, log: str) -> None:
         feed, id_ = self._logs[log].feed, beat_id()
         losses = feed.losses
-        last = {name: each.last() for name, each in self._logs.items() if each.home == self._logs[log].home}
+        last = {name: each.receipts.last for name, each in self._logs.items() if each.home == self._logs[log].home}
         beat = self._sent[id_] = _Beat(log, now())
         try:
             if await self._pocketbase.beat(log, id_, last) and losses == feed.losses:

@@ -192,6 +192,14 @@ class PocketBaseClient:
             token = await self._current_token(known.refused_token)
             # Said beforehand, as the deadline may end the attempt at any moment.
             in_doubt, known.in_doubt = known.in_doubt, True
+
+            async def trace(event: str, _: Mapping[str, Any]) -> None:
+                """What httpx's own transport tells. Of any other it is not known how far it has come."""
+                if event == "connection.connect_tcp.started":
+                    known.in_doubt = in_doubt
+                elif event.endswith(".send_request_headers.started"):
+                    known.in_doubt = True
+
             try:
                 response = await self._request(
                     method,
@@ -199,6 +207,7 @@ class PocketBaseClient:
                     params=params,
                     content=body,
                     headers={**headers, "Authorization": token.reveal()},
+                    extensions={"trace": trace},
                     **options,
                 )
             except httpx.RequestError as error:

@@ -84,7 +84,7 @@ class BatchPath:
         self._schema = schema
         self._spec = log
         self._log = log.name
-        self._receipts = Receipts(client, log.name, server)
+        self.receipts = Receipts(client, log.name, server)
         self.max_operations = max(1, dialect.batch.max_requests - 1)
         self.max_bytes = dialect.batch.max_bytes - 4096
 
@@ -92,18 +92,13 @@ class BatchPath:
         """See to it that the log is there."""
         await self._schema.ensure(self._spec)
 
-    @property
-    def last(self) -> int:
-        """The number of our last commit."""
-        return self._receipts.last
-
     async def leave(self, collection: str) -> None:
         """Nothing is bound to it."""
 
     async def commit(self, operations: Sequence[Operation], *, deadline: float) -> list[Reply]:
-        receipt, n = new_id(), self._receipts.next
+        receipt, n = new_id(), self.receipts.next
         content = {"guard": receipt}  # an empty one would be a commit of the log path
-        entry = Operation("POST", self._log, receipt, self._receipts.entry(receipt, n, content))
+        entry = Operation("POST", self._log, receipt, self.receipts.entry(receipt, n, content))
         body = b'{"requests":[' + b",".join(map(_request, (entry, *operations))) + b"]}"
         end = time.monotonic() + deadline
         try:
@@ -113,20 +108,20 @@ class BatchPath:
         except Unreached as error:
             if not error.unanswered:
                 raise
-            raise self._receipts.unknown(n, len(operations)) from error
+            raise self.receipts.unknown(n, len(operations)) from error
         if answer.ok:
-            self._receipts.take(n)
+            self.receipts.take(n, receipt)
             return [Reply(bytes(result.body)) for result in _results.decode(answer.content)[1:]]
         index, inner = culprit(answer)
         if answer.status == 413 or (index is None and _LONG in answer.content):
             raise TooLarge
         if answer.in_doubt or (index == 0 and inner.status == 400):  # else it was refused for who we are, or where
             try:
-                if await self._receipts.settled(receipt, answer.in_doubt, end):
-                    self._receipts.take(n)
+                if await self.receipts.settled(receipt, answer.in_doubt, end):
+                    self.receipts.take(n, receipt)
                     return await self._read_back(operations, end)
             except PBCachedError as error:
-                raise self._receipts.unknown(n, len(operations)) from error
+                raise self.receipts.unknown(n, len(operations)) from error
         if is_batch_off(answer) and time.monotonic() < end:
             if (refusal := await batch_switched_on_again(self._client, self._dialect)) is not None:
                 raise refusal

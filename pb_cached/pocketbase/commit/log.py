@@ -108,7 +108,7 @@ class LogPath:
         self._client = client
         self._dialect = dialect
         self._log = log
-        self._receipts = Receipts(client, log, server)
+        self.receipts = Receipts(client, log, server)
         self._installation = installation
         self._layouts: dict[str, CommitLayout] = {}
         self._batches = dialect.batch is not None
@@ -116,11 +116,6 @@ class LogPath:
     @property
     def mixes(self) -> bool:
         return self._batches
-
-    @property
-    def last(self) -> int:
-        """The number of our last commit."""
-        return self._receipts.last
 
     async def prepare(self) -> None:
         """See to it that the log is there.
@@ -168,8 +163,8 @@ class LogPath:
         """Send the commit, until it is known whether it was applied. None where it was; else the refusal."""
         receipt = new_id()
         entries = self._entries(receipt, operations)
-        last = self._receipts.next + len(entries) - 1
-        path, body = f"{self._receipts.path}{_FIELDS}", entries[0]
+        last = self.receipts.next + len(entries) - 1
+        path, body = f"{self.receipts.path}{_FIELDS}", entries[0]
         if len(entries) > 1:
             path, body = "/api/batch", b'{"requests":[' + b",".join(map(self._request, entries)) + b"]}"
         try:
@@ -184,20 +179,20 @@ class LogPath:
         except Unreached as error:
             if not error.unanswered:
                 raise
-            raise self._receipts.unknown(last, len(operations)) from error
+            raise self.receipts.unknown(last, len(operations)) from error
         if answer.ok:
-            self._receipts.take(last)
+            self.receipts.take(last, receipt)
             return None if _is_triggered(answer, len(entries)) else Answer(404, b"{}")
         if len(entries) > 1:
             _, inner = culprit(answer)
             answer = Answer(inner.status, inner.content, answer.in_doubt)
         if answer.in_doubt or "id" in _codes(answer):
             try:
-                if await self._receipts.settled(receipt, answer.in_doubt, end):
-                    self._receipts.take(last)
+                if await self.receipts.settled(receipt, answer.in_doubt, end):
+                    self.receipts.take(last, receipt)
                     return None
             except PBCachedError as error:
-                raise self._receipts.unknown(last, len(operations)) from error
+                raise self.receipts.unknown(last, len(operations)) from error
         if answer.status == 413:
             raise TooLarge
         if len(entries) > 1 and is_batch_off(answer) and time.monotonic() < end:
@@ -221,16 +216,16 @@ class LogPath:
                 )
             )
         return [
-            self._receipts.entry(
+            self.receipts.entry(
                 receipt if position == 0 else new_id(),
-                self._receipts.next + position,
+                self.receipts.next + position,
                 {"layout": layout, "payload": _payload(some).decode()},
             )
             for position, (layout, some) in enumerate(by_layout.items())
         ]
 
     def _request(self, entry: bytes) -> bytes:
-        return f'{{"method":"POST","url":"{self._receipts.path}{_FIELDS}","body":'.encode() + entry + b"}"
+        return f'{{"method":"POST","url":"{self.receipts.path}{_FIELDS}","body":'.encode() + entry + b"}"
 
     # refusals
 

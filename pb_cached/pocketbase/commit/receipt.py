@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 from msgspec import Struct
 
@@ -18,13 +20,14 @@ class Receipts:
     """The receipts of one server's commits to one log, one commit at a time.
 
     `n` numbers them without gaps: 1, 2, 3 and so on. Mutable state: `_taken`, the last `n` that is taken, or may
-    be.
+    be; `acknowledged`, the last receipt that PocketBase had, and when that was known, by the monotonic clock.
     """
 
     def __init__(self, client: PocketBaseClient, log: str, server: str) -> None:
         self._client = client
         self._server = server
         self._taken = 0
+        self.acknowledged: tuple[str, float] | None = None
         self.path = records_path(log)
 
     @property
@@ -37,9 +40,11 @@ class Receipts:
         """The last number that is taken, or may be."""
         return self._taken
 
-    def take(self, n: int) -> None:
-        """The numbers up to this one are taken."""
+    def take(self, n: int, receipt: str = "") -> None:
+        """The numbers up to this one are taken, by a commit of this receipt if there is one."""
         self._taken = max(self._taken, n)
+        if receipt:
+            self.acknowledged = receipt, time.monotonic()
 
     def entry(self, receipt: str, n: int, content: dict[str, str] | None = None) -> bytes:
         """The JSON of a commit's record in the log."""
