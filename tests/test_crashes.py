@@ -46,7 +46,8 @@ async def ids_by_offset(stores: Stores, session: SessionId, *, restored: bool = 
     """Fails where a number is missing, or is there twice, or an event is not whole.
 
     Args:
-        restored: a backup was, under writers: an event that was on its way then has the number that followed before
+        restored: a backup was, under writers: an event that was on its way then has the number that followed
+        before
             that, and leaves some out.
     """
     events = sorted(await stores.session_store.list_events(session), key=lambda event: event.offset)
