@@ -93,7 +93,7 @@ class Connection:
         await path.prepare()
         self._log.info("commit path chosen", log=log, path=path.name)
         committer = Committer(path, self._config.writes, self._log)
-        await committer.trim()
+        committer.trim_in_background()
         return committer
 
     async def _path(self, log: str) -> CommitPath:

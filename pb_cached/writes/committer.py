@@ -76,8 +76,8 @@ class Committer:
 
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
     is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
-    no room, in their order), `_watching` (who waits for the next commit to be decided), `_closed`, `_followers`.
-    All of it is changed between awaits only.
+    no room, in their order), `_watching` (who waits for the next commit to be decided), `_trimming` (the task that
+    does, at the beginning), `_closed`, `_followers`. All of it is changed between awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -90,6 +90,7 @@ class Committer:
         self._records = self._bytes = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._watching: list[asyncio.Future[None]] = []
+        self._trimming: asyncio.Task[None] | None = None
         self._closed = False
         self.counters = WriteCounters()
         self._until_trim = TRIM_EVERY
@@ -235,6 +236,9 @@ class Committer:
         """
         self._closed = True
         self._admit()
+        if self._trimming is not None:
+            self._trimming.cancel()
+            await asyncio.wait([self._trimming])
         if self._task is None:
             return
         done, _ = await asyncio.wait([self._task], timeout=self._settings.close_timeout)
@@ -253,6 +257,10 @@ class Committer:
                 self._fail(write, error)
         self._report()
         raise error
+
+    def trim_in_background(self) -> None:
+        """`trim`, without waiting for it."""
+        self._trimming = asyncio.create_task(self.trim())
 
     async def trim(self) -> None:
         """Forget the records of old commits, but of none that may still be sent again. Its failure is no reason to

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 from msgspec import Struct
@@ -133,28 +133,33 @@ class Installation:
 
 async def look(sql: Sql, log: str, collections: Collection[str] | None = None) -> Found:
     """What of ours there is, as far as these collections and the log are concerned; None: all collections."""
-    where = "1"
+    triggers_of = tables_of = "1"
     if collections is not None:
-        on = _listed([log, *collections])
         applied = " OR ".join(map(triggers.applying, collections)) or "0"
-        where = _short(f"(tbl_name IN ({on}) OR {applied})")
+        triggers_of = _short(f"(tbl_name IN ({_listed([log, *collections])}) OR {applied})")
+        named = _listed([log, triggers.LOGS, triggers.EDITS, *collections])
+        tables_of = _short(
+            f"(name IN ({named}) OR name IN (SELECT c FROM ({triggers.APPLIED}) WHERE tbl='{log}'))"
+        )
     found: dict[str, Trigger] = {}
-    async for name, table, text in _all(
-        sql,
-        "SELECT name, tbl_name, sql FROM sqlite_master "
-        f"WHERE type='trigger' AND name GLOB '{triggers.NAMES}*' AND {where} AND name>'{{last}}'",
-    ):
-        found[name] = Trigger(name, table, text.removeprefix(f"CREATE TRIGGER {name} "))
-    if collections is not None:
-        named = {log, triggers.LOGS, triggers.EDITS, *collections, *map(triggers.applies_to, found.values())}
-        where = _short(f"name IN ({_listed(sorted(named))})")
     tables: dict[str, frozenset[str]] = {}
-    async for name, columns in _all(
-        sql,
-        "SELECT name, (SELECT group_concat(c.name) FROM pragma_table_info(m.name) c) FROM sqlite_master m "
-        f"WHERE type='table' AND {where} AND name>'{{last}}'",
-    ):
-        tables[name] = frozenset(columns.split(","))
+    last = ""
+    while True:
+        rows = await sql.select(
+            "SELECT type, name, tbl_name, CASE type WHEN 'trigger' THEN sql "
+            "ELSE (SELECT group_concat(c.name) FROM pragma_table_info(m.name) c) END FROM sqlite_master m "
+            f"WHERE ((type='table' AND {tables_of}) OR "
+            f"(type='trigger' AND name GLOB '{triggers.NAMES}*' AND {triggers_of})) AND name>'{last}' "
+            f"ORDER BY name LIMIT {_ROWS}"
+        )
+        for type_, name, table, text in rows:
+            if type_ == "table":
+                tables[name] = frozenset(text.split(","))
+            else:
+                found[name] = Trigger(name, table, text.removeprefix(f"CREATE TRIGGER {name} "))
+        if len(rows) < _ROWS:
+            break
+        last = rows[-1][1]
     kept: list[list[str]] = []
     if tables.keys() >= {triggers.LOGS, log}:
         kept = await sql.select(
@@ -170,21 +175,9 @@ async def look(sql: Sql, log: str, collections: Collection[str] | None = None) -
     )
 
 
-async def _all(sql: Sql, query: str) -> AsyncIterator[list[str]]:
-    """All rows of a query whose first column is the name that they rise by."""
-    last = ""
-    while True:
-        rows = await sql.select(f"{query.format(last=last)} ORDER BY name LIMIT {_ROWS}")
-        for row in rows:
-            yield row
-        if len(rows) < _ROWS:
-            return
-        last = rows[-1][0]
-
-
 def _short(condition: str) -> str:
     """A condition, unless it is too long for a call: then all is asked for."""
-    return condition if len(condition) < MOST_CHARACTERS - 500 else "1"
+    return condition if len(condition) < (MOST_CHARACTERS - 500) // 2 else "1"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -50,11 +50,14 @@ TABLES: Final = (
 
 _DELETION: Final = "\nDELETE FROM "
 """By this a layout's trigger is known, and its collection, which follows."""
+APPLIED: Final = (
+    "SELECT name, tbl, trim(substr(t,1,instr(t,' ')-1),'`\"') c FROM (SELECT name, tbl_name tbl, "
+    f"substr(sql,instr(sql,char(10)||'{_DELETION.strip()} ')+{len(_DELETION)}) t FROM sqlite_master "
+    f"WHERE type='trigger' AND name GLOB '{NAMES}*' AND instr(sql,char(10)||'{_DELETION.strip()} '))"
+)
+"""Asks for the layouts' triggers, the logs that they are on, and the collections that they are for."""
 ORPHANED: Final = (
-    "SELECT name FROM (SELECT name, trim(substr(t,1,instr(t,' ')-1),'`\"') c FROM "
-    f"(SELECT name, substr(sql,instr(sql,char(10)||'{_DELETION.strip()} ')+{len(_DELETION)}) t FROM sqlite_master "
-    f"WHERE type='trigger' AND name GLOB '{NAMES}*' AND instr(sql,char(10)||'{_DELETION.strip()} '))) "
-    "WHERE c NOT IN (SELECT name FROM sqlite_master WHERE type='table')"
+    f"SELECT name FROM ({APPLIED}) WHERE c NOT IN (SELECT name FROM sqlite_master WHERE type='table')"
 )
 """Asks for the triggers of collections that were deleted."""
 
