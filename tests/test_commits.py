@@ -690,9 +690,11 @@ async def test_a_log_is_trimmed_when_it_is_opened(
         old = {"id": id_, "n": 0, "guard": id_}
         await records.http.post(f"/api/collections/{prefix}_log/records", json=old)
     async with make_database(config=writes(log_retention=60.0, deadline=7_000.0)):
-        assert len(await records.of("log")) == 1, "a commit may be sent again until its deadline"
+        pass
+    assert len(await records.of("log")) == 1, "a commit may be sent again until its deadline"
     async with make_database(config=writes()):
-        assert await records.of("log") == []
+        pass
+    assert await records.of("log") == []
 
 
 @batch_only

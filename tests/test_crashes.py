@@ -47,8 +47,7 @@ async def ids_by_offset(stores: Stores, session: SessionId, *, restored: bool = 
 
     Args:
         restored: a backup was, under writers: an event that was on its way then has the number that followed
-        before
-            that, and leaves some out.
+            before that, and leaves some out.
     """
     events = sorted(await stores.session_store.list_events(session), key=lambda event: event.offset)
     offsets = [event.offset for event in events]

@@ -237,8 +237,8 @@ class Committer:
         self._closed = True
         self._admit()
         if self._trimming is not None:
+            await asyncio.wait([self._trimming], timeout=self._settings.close_timeout)
             self._trimming.cancel()
-            await asyncio.wait([self._trimming])
         if self._task is None:
             return
         done, _ = await asyncio.wait([self._task], timeout=self._settings.close_timeout)
