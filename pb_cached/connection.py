@@ -91,7 +91,8 @@ class Connection:
     async def _new_committer(self, log: str) -> Committer:
         path = await self._path(log)
         await path.prepare()
-        self._log.info("commit path chosen", log=log, path=path.name)
+        tell = self._log.info if len(self._committers) == 1 else self._log.debug  # once is enough
+        tell("commit path chosen", log=log, path=path.name)
         committer = Committer(path, self._config.writes, self._log)
         committer.trim_in_background()
         return committer

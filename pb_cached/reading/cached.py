@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypedDict, TypeVar
 
+import msgspec
 from parlant.core.persistence.common import SortDirection
 from parlant.core.persistence.document_database import CollectionSort
 
@@ -79,6 +80,8 @@ class CachedReads:
             may_answer: is the cache known to be fresh enough?
         """
         self._may_answer = may_answer
+        places = TypedDict("places", dict.fromkeys(("id", *cache.rule.partition_by), Any), total=False)  # type: ignore[misc]
+        self._places = msgspec.json.Decoder(places).decode
         self.cache = cache
         self.loader = loader
         self._direct = direct
@@ -245,7 +248,11 @@ class CachedReads:
     def _state(self, operation: Operation) -> State:
         """What the record is after an insert or an update."""
         document = operation.document
-        return self.cache.state(operation.record_id, operation.rev + 1, loads(document), document)
+        try:
+            placed: Mapping[str, Any] = self._places(document)  # all that tells where it belongs
+        except msgspec.DecodeError:  # lone surrogates
+            placed = loads(document)
+        return self.cache.state(operation.record_id, operation.rev + 1, placed, document)
 
     # candidates
 

@@ -25,6 +25,7 @@ AGAIN_SECONDS: Final = 5.0
 """After what time it is tried again to write what could not be written. The attempt itself takes its time too."""
 
 Place = tuple[SessionId, EventId]
+_NONE: Final[frozenset[EventId]] = frozenset()
 
 
 class _Held:
@@ -103,7 +104,8 @@ class HeldBack:
 
     def of(self, session: SessionId) -> frozenset[EventId]:
         """The session's messages of which something is held back."""
-        return frozenset(self._of.get(session, ()))
+        held = self._of.get(session)
+        return frozenset(held) if held else _NONE
 
     def data(self, event: EventId) -> bytes | None:
         """What is held back of it, as JSON."""
