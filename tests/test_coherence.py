@@ -4,6 +4,7 @@ the design's section 10 say, whatever happens to the stream, to PocketBase, and 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -133,6 +134,8 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, prefix: str) -> Run:
+    numbers = itertools.count()
+
     async def run_them(
         params: dict[str, str],
         meanwhile: Meanwhile,
@@ -140,7 +143,7 @@ def run(tmp_path: Path, prefix: str) -> Run:
         bound: float = BOUND,
         commit: Commit = "auto",
     ) -> Servers:
-        servers = Servers(tmp_path, prefix, params, bound, commit)
+        servers = Servers(tmp_path, f"{prefix} {next(numbers)}", params, bound, commit)
         await servers.work(meanwhile, broken or {})
         return servers
 
@@ -224,12 +227,20 @@ async def test_they_are_where_the_stream_is_cut_again_and_again(
 
 @pytest.mark.slow
 async def test_servers_that_are_broken_on_purpose_are_found_out(run: Run, pocketbase: PocketBaseServer) -> None:
+    """That a swap is ever read takes a reader at the right moment, which a short time of work need not bring."""
     broken = {1: "drops commits", 2: "swaps commits"}
-    servers = await run(pocketbase.connection_params, nothing_happens, broken=broken)
-    violations = check(servers.history, BOUND)
-    assert rules(v for v in violations if "s1's" in v) & {"4", "5"}
-    assert "3" in rules(v for v in violations if "s2's" in v)
-    assert not [v for v in violations if "s0's" in v], "and nobody else is blamed"
+    dropped: set[str] = set()
+    swapped: set[str] = set()
+    for _ in range(3):
+        servers = await run(pocketbase.connection_params, nothing_happens, broken=broken)
+        violations = check(servers.history, BOUND)
+        assert not [v for v in violations if "s0's" in v], "and nobody else is blamed"
+        dropped |= rules(v for v in violations if "s1's" in v)
+        swapped |= rules(v for v in violations if "s2's" in v)
+        if dropped & {"4", "5"} and "3" in swapped:
+            break
+    assert dropped & {"4", "5"}
+    assert "3" in swapped
 
 
 @pytest.mark.slow
