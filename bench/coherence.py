@@ -26,6 +26,7 @@ from parlant.core.sessions import EventKind, EventSource, SessionId
 from rich.console import Console
 from rich.table import Table
 
+from bench.quantiles import quantile
 from bench.samples import event
 from bench.writes import Ours
 from pb_cached import Config, PocketBaseServer, open_stores
@@ -44,11 +45,6 @@ GAP_SECONDS: Final = 10.0
 FOLLOWING: Final = Config(
     coherence=CoherenceSettings(mode="realtime", audit_interval=0), logging=LoggingSettings(level="error")
 )
-
-
-def quantile(samples: Sequence[float], share: float) -> float:
-    ordered = sorted(samples)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from parlant.core.sessions import EventKind, EventSource, PollingSessionListener
 from rich.console import Console
 from rich.table import Table
 
+from bench.quantiles import quantile
 from bench.samples import event
 from pb_cached import Config, PocketBaseServer, open_stores
 from pb_cached.config import CoherenceSettings, LoggingSettings
@@ -47,8 +48,7 @@ class Result:
     """Milliseconds from a commit to the end of the wait for it."""
 
     def quantile(self, share: float) -> float:
-        ordered = sorted(self.delays)
-        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+        return quantile(self.delays, share)
 
 
 class Waits:

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.plain import PlainSessions, record
+from bench.quantiles import quantile
 from bench.samples import event
 from pb_cached import Config, PocketBaseServer, open_stores
 from pb_cached.config import CoherenceSettings, LoggingSettings, PocketBaseSettings
@@ -53,8 +54,7 @@ class Result:
         return statistics.median(self.rates)
 
     def quantile(self, share: float) -> float:
-        ordered = sorted(self.waits)
-        return ordered[min(int(share * len(ordered)), len(ordered) - 1)] * 1000
+        return quantile(self.waits, share) * 1000
 
 
 class Ours:

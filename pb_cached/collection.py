@@ -109,17 +109,18 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
     def _new_cache(self, caching: Caching) -> CachedReads:
         connection, log, codec = self._connection, caching.follows, self.codec
         cache = CollectionCache(caching.rule, connection.memory)
+        loads = partial(Loader, cache, codec, self.reader, self.filters, log=self._log)
         if log is None or connection.follower is None:
-            ready, may_answer, reader = _at_once, _always, self.reader
+            loader, may_answer, reader = loads(ready=_at_once), _always, self.reader
         else:
-            ready = partial(connection.follower.caught_up, log)
-            may_answer = connection.follower.follow(log, FollowedCollection(cache, codec), self.reader)
+            follower = connection.follower
+            loader = loads(ready=partial(follower.caught_up, log))
+            followed = FollowedCollection(cache, codec, loader.state)
+            may_answer = follower.follow(log, followed, self.reader)
+            follower.audit.add(loader)
             reader = RecordReader(
                 connection.client, connection.dialect, codec, seen=lambda rows: reads.glimpsed(rows)
             )
-        loader = Loader(cache, codec, self.reader, self.filters, ready, self._log)
-        if log is not None and connection.follower is not None:
-            connection.follower.audit.add(loader)
         settled = partial(self._committer.settled, self._spec.name)
         reads = CachedReads(cache, loader, self._direct(reader), codec, settled, may_answer)
         self._committer.follow(self._spec.name, reads)
@@ -259,14 +260,6 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         """
         await self._insert(document)
         return InsertResult(acknowledged=True)
-
-    def insertion(self, document: Mapping[str, Json]) -> Operation:
-        """What inserts a document that the caller hands over: JSON, which nobody changes any more.
-
-        Raises:
-            DocumentTooLarge: nothing was written.
-        """
-        return self.codec.insert(document)
 
     async def commit(self, operations: Sequence[Operation]) -> list[PBCachedError | None]:
         """Commit operations in this order, as few commits as they fit into.

@@ -28,3 +28,18 @@ def loads(text: str | bytes) -> Json:
         return _decode(text)
     except msgspec.DecodeError:
         return json.loads(text)  # lone surrogates
+
+
+def copied(value: Json) -> Json:
+    """A copy that shares nothing with the value.
+
+    Raises:
+        ValueError: not all of it is JSON, or it is nested too deeply.
+    """
+    try:
+        copy = loads(dumps(value))
+        if copy == value:  # what came back is what went in, so all of it was JSON
+            return copy
+    except (TypeError, RecursionError, msgspec.MsgspecError) as error:
+        raise ValueError("no JSON") from error
+    raise ValueError("no JSON")

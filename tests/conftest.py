@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
 from pb_cached.config import CacheSettings, CoherenceSettings, PocketBaseSettings
+from tests.faults import FaultProxy
 
 _numbers = itertools.count(1)
 
@@ -70,6 +71,13 @@ async def pocketbases(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 async def pocketbase(pocketbases: Servers) -> PocketBaseServer:
     """A server for all tests that leave it running."""
     return await pocketbases.next()
+
+
+@pytest_asyncio.fixture
+async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
+    """What stands between us and PocketBase, and makes faults."""
+    async with FaultProxy(pocketbase.url) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ import pytest_asyncio
 from parlant.core.persistence.document_database import DocumentCollection, identity_loader_for
 
 from pb_cached import Config
+from pb_cached.cache.partition import Key
 from pb_cached.coherence import Follower, audit
+from pb_cached.coherence.audit import Audited
 from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CoherenceSettings
 from pb_cached.exact import dumps
@@ -52,6 +54,14 @@ def follower_of(notes: Notes) -> Follower:
     return follower
 
 
+def sample_of(follower: Follower) -> tuple[Audited, Key]:
+    """What the audit may look at: the one cache there is, and a partition of it."""
+    (audited,) = follower.audit._audited
+    key = audited.sample()
+    assert key is not None
+    return audited, key
+
+
 def falsified(notes: Notes, number: int, **fields: Any) -> None:
     """The cache believes in a change that PocketBase has never seen."""
     assert notes._cached is not None
@@ -76,10 +86,7 @@ async def test_what_is_right_is_found_right_also_while_it_changes(servers: list[
 
     async def look() -> None:
         for _ in range(40):
-            (audited,) = follower.audit._audited
-            key = audited.sample()
-            assert key is not None
-            await follower.audit.look_at(audited, key)
+            await follower.audit.look_at(*sample_of(follower))
 
     await asyncio.gather(write(), look())
     stats = follower.stats()
@@ -97,10 +104,7 @@ async def test_a_change_that_never_was_is_found_and_dropped(
     falsified(notes, 1, text="never written")
     assert cast(Any, await notes.find_one(by_id(1)))["text"] == "never written"
     follower = follower_of(notes)
-    (audited,) = follower.audit._audited
-    key = audited.sample()
-    assert key is not None
-    await follower.audit.look_at(audited, key)
+    await follower.audit.look_at(*sample_of(follower))
     assert (follower.stats().audits, follower.stats().mismatches) == (1, 1)
     assert await notes.find_one(by_id(1)) == note(1)
 
@@ -114,11 +118,9 @@ async def test_what_is_not_answered_from_is_not_judged(
     await notes.find_one(by_id(1))
     falsified(notes, 1, text="never written")
     follower = follower_of(notes)
-    (audited,) = follower.audit._audited
-    key = audited.sample()
-    assert key is not None
+    sample = sample_of(follower)
     follower.lost("a test")
-    await follower.audit.look_at(audited, key)
+    await follower.audit.look_at(*sample)
     assert follower.stats().audits == 0
 
 

@@ -58,12 +58,6 @@ LOG = log_through(logging.getLogger("test"))
 
 
 @pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
-@pytest_asyncio.fixture
 async def http() -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(verify=False) as opened:  # loading certificates takes longer than most tests
         yield opened

@@ -165,12 +165,6 @@ def assert_coherent(servers: Servers, bound: float = BOUND) -> None:
 
 
 @pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
-@pytest_asyncio.fixture
 async def own_pocketbase(tmp_path: Path) -> AsyncIterator[PocketBaseServer]:
     """One of a test's own, at an address that it keeps when it is started again."""
     with socket.socket() as probe:

@@ -131,12 +131,6 @@ async def records(pocketbase: PocketBaseServer, prefix: str) -> AsyncIterator[Re
         yield Records(http, prefix)
 
 
-@pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
 def writes(**settings: Any) -> Config:
     patient = {"deadline": PATIENCE, "close_timeout": PATIENCE}
     return Config(writes=WriteSettings(**patient | settings), pocketbase=PocketBaseSettings(commit=WAY))

@@ -36,12 +36,6 @@ def commits(proxy: FaultProxy) -> int:
 OpenServer = Callable[..., AbstractAsyncContextManager[Stores]]
 
 
-@pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
 def prefixes(prefix: str) -> StoreSettings:
     return StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables")
 

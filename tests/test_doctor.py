@@ -75,12 +75,6 @@ def doctor(folder: Path, prefix: str, pocketbase: PocketBaseServer) -> Doctor:
     return Doctor(folder, prefix, pocketbase.connection_params)
 
 
-@pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
 class Hands:
     """PocketBase itself, past us."""
 

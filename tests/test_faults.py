@@ -39,12 +39,6 @@ REALTIME = "/api/realtime"
 
 
 @pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
-@pytest_asyncio.fixture
 async def http(proxy: FaultProxy, pocketbase: PocketBaseServer) -> AsyncIterator[httpx.AsyncClient]:
     token = pocketbase.connection_params["admin_token"]
     async with httpx.AsyncClient(base_url=proxy.url, headers={"Authorization": token}, timeout=20) as client:

@@ -577,12 +577,6 @@ async def test_a_log_that_has_become_another_one_swallows_nothing(
 # --- what we may not do -----------------------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
 Opens = Callable[..., Awaitable[PocketBaseDocumentDatabase]]
 
 

@@ -105,12 +105,6 @@ SceneMaker = Callable[..., Awaitable[Scene]]
 
 
 @pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
-@pytest_asyncio.fixture
 async def make(
     make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy, prefix: str
 ) -> AsyncIterator[SceneMaker]:

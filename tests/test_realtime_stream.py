@@ -223,12 +223,6 @@ async def http(streams: Counting) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
-@pytest_asyncio.fixture
 async def notes(pocketbase: PocketBaseServer, writing: httpx.AsyncClient, prefix: str) -> Notes:
     made = Notes(pocketbase, writing, f"{prefix}_notes")
     await made.create()

@@ -87,12 +87,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
-@pytest_asyncio.fixture
 async def open_server(
     pocketbase: PocketBaseServer, logger: logging.Logger, prefix: str
 ) -> AsyncIterator[OpenServer]:
@@ -184,6 +178,18 @@ def is_commit(exchange: Exchange) -> bool:
     is_beat = b'"layout":"beat"' in exchange.body
     by_path = "_log/records" in exchange.path or exchange.path == "/api/batch"
     return exchange.method == "POST" and by_path and not is_beat
+
+
+def held_from(number: int, gate: Gate) -> Callable[[Exchange], Awaitable[None]]:
+    """A plan that holds the commit of this number at the gate, and all until the next one."""
+    commits = 0
+
+    async def hold(exchange: Exchange) -> None:
+        nonlocal commits
+        commits += is_commit(exchange)
+        await (gate if commits == number else Exchange.forward)(exchange)
+
+    return hold
 
 
 class Deathbed:
@@ -303,14 +309,7 @@ async def test_a_deletion_that_pocketbase_left_alone_is_finished_by_the_same_sto
     impatient = WriteSettings(deadline=0.5)
     async with open_server(proxy.url, writes=impatient, coherence=coherence) as stores:
         session = await a_long_session(stores)
-        commits = 0
-
-        async def hold_the_third(exchange: Exchange) -> None:
-            nonlocal commits
-            commits += is_commit(exchange)
-            await (gate if commits == 3 else Exchange.forward)(exchange)
-
-        proxy.plan("POST", "/api/", hold_the_third, at=EVERY)
+        proxy.plan("POST", "/api/", held_from(3, gate), at=EVERY)
         deletion = asyncio.create_task(stores.session_store.delete_session(session))
         await gate.reached.wait()
         async with proxy.down():
@@ -408,14 +407,7 @@ async def test_while_events_are_being_deleted_nobody_finds_the_session_or_any_of
         session = await a_long_session(stores)
         (first, *_) = await stores.session_store.list_events(session)
         gate = Gate()
-        commits = 0
-
-        async def hold_the_fourth(exchange: Exchange) -> None:
-            nonlocal commits
-            commits += is_commit(exchange)
-            await (gate if commits == 4 else Exchange.forward)(exchange)
-
-        proxy.plan("POST", "/api/", hold_the_fourth, at=EVERY)
+        proxy.plan("POST", "/api/", held_from(4, gate), at=EVERY)
         deletion = asyncio.create_task(stores.session_store.delete_session(session))
         await gate.reached.wait()
         store = stores.session_store

@@ -55,12 +55,6 @@ def no_commits_but_a_tests_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest_asyncio.fixture
-async def proxy(pocketbase: PocketBaseServer) -> AsyncIterator[FaultProxy]:
-    async with FaultProxy(pocketbase.url) as opened:
-        yield opened
-
-
-@pytest_asyncio.fixture
 async def open_server(proxy: FaultProxy, pocketbase: PocketBaseServer) -> AsyncIterator[OpenServer]:
     """Opens the stores as one more server does: with a connection, a queue and a cache of its own."""
     async with AsyncExitStack() as stack:

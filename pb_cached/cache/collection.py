@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from cachetools import TTLCache
@@ -313,15 +313,19 @@ class CollectionCache:
         else:
             self.watches.changed(at, to)
 
-    def glimpsed(self, record: str, rev: int, key: Key | None) -> None:
+    def glimpsed(self, record: str, rev: int, key: Callable[[], Key | None]) -> None:
         """Somebody was told of this revision of a record, by PocketBase itself: nobody may find an older one here
-        from now on."""
+        from now on.
+
+        Args:
+            key: tells the partition that it is in, where that matters.
+        """
         at = self._records.get(record)
         if at is None:
             if self._gone.get(record, 0) <= rev:
-                self._doubt(record, key)
+                self._doubt(record, key())
         elif (entry := self.entry(record)) is not None and entry.rev < rev:
-            self._doubt(record, at, key)
+            self._doubt(record, at, key())
 
     def _apply_unknown(self, change: State, known: bool) -> None:
         if change.key is None or (partition := self._memory.peek(change.key)) is None:
@@ -333,9 +337,7 @@ class CollectionCache:
             self._put(change)
 
     def _apply_known(self, change: State, at: Key) -> None:
-        partition = self._memory.peek(at)
-        assert partition is not None
-        entry = find(partition, change.record)
+        entry = self.entry(change.record)
         assert entry is not None
         if change.rev == entry.rev + 1:
             if change.key == at:

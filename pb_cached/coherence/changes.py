@@ -9,7 +9,7 @@ Does no I/O and never awaits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pb_cached.cache.collection import DELETED, CollectionCache, State
@@ -22,9 +22,14 @@ from pb_cached.pocketbase.codec import RecordCodec, Row
 class FollowedCollection:
     """The cache of a collection, as the feed sees it. Holds no state of its own."""
 
-    def __init__(self, cache: CollectionCache, codec: RecordCodec) -> None:
+    def __init__(self, cache: CollectionCache, codec: RecordCodec, state: Callable[[Row], State]) -> None:
+        """
+        Args:
+            state: a record as the cache takes it.
+        """
         self.cache = cache
         self.codec = codec
+        self._state = state
 
     def apply(self, layout: str, payload: Payload) -> list[str]:
         """Make the cache what a commit has made of PocketBase. Returns the records of which it does not tell
@@ -109,7 +114,3 @@ class FollowedCollection:
                 return None
             parts.append(value)
         return self.cache.key(*parts)
-
-    def _state(self, row: Row) -> State:
-        document = self.codec.document(row)
-        return self.cache.state(row.id, row.rev, document, dumps(document))

@@ -32,12 +32,14 @@ from pb_cached.coherence.audit import Audit
 from pb_cached.coherence.changes import FollowedCollection
 from pb_cached.coherence.entries import BEAT, Entry, Gap
 from pb_cached.coherence.feed import PATIENCE, Feed, now
-from pb_cached.coherence.logs import Logs, beat_id
+from pb_cached.coherence.logs import Logs
 from pb_cached.coherence.stats import CoherenceCounters, CoherenceStats
 from pb_cached.config import CoherenceSettings
 from pb_cached.errors import PBCachedError, SchemaError
+from pb_cached.outcomes import succeed
 from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.commit.receipt import Receipts
+from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.realtime import RealtimeStream
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.telemetry import Log
@@ -287,8 +289,7 @@ class Follower:
                 other.feed.proven(beat.sent)
         waiting, self._waiting = self._waiting, []
         for future in waiting:
-            if not future.done():
-                future.set_result(None)
+            succeed(future, None)
 
     def _apply(self, feed: Feed, entry: Entry) -> None:
         if not self._logs[feed.log].is_whole:  # PocketBase's own events tell
@@ -506,7 +507,7 @@ class Follower:
             self._is_dead = True
             self.lost(reason)
             self._stream.replace(reason)
-        if all(now() < log.feed.good_until for log in self._logs.values()):
+        if self._is_current():
             self._good_at = now()
             if self._is_said:
                 self._is_said = False
@@ -519,7 +520,7 @@ class Follower:
         await asyncio.gather(*(self._beat_by(log) for log in logs))
 
     async def _beat_by(self, log: str) -> None:
-        feed, id_ = self._logs[log].feed, beat_id()
+        feed, id_ = self._logs[log].feed, new_id()
         losses = feed.losses
         last = {name: each.receipts.last for name, each in self._logs.items() if each.home == self._logs[log].home}
         beat = self._sent[id_] = _Beat(log, now())

@@ -13,8 +13,7 @@ from pb_cached.coherence.entries import BEAT, Beat, Entry, Gap
 from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.commit import triggers
 from pb_cached.pocketbase.commit.interface import records_path
-from pb_cached.pocketbase.ids import new_id
-from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql
+from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql, joined
 
 OVERLAP: Final = 10.0
 """Seconds of the log that are read once more. An entry has its time from before its transaction, which may have to
@@ -96,13 +95,11 @@ class Logs:
         """
         edits: list[tuple[str, str]] = []
         found: dict[str, str] = {}
-        for some in _chunks(names):
-            rows = await self._sql.select(
-                # Its id PocketBase makes of its name, so one that is made anew has the same.
-                f"SELECT name, id || ' ' || created FROM _collections WHERE name IN ({some}) "
-                f"UNION ALL SELECT '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
-            )
-            found |= dict(rows)
+        # Its id PocketBase makes of its name, so one that is made anew has the same.
+        head = "SELECT name, id || ' ' || created FROM _collections WHERE name IN ("
+        tail = f") UNION ALL SELECT '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
+        for some in joined((f"'{name}'" for name in names), ",", MOST_CHARACTERS - len(head) - len(tail)):
+            found |= dict(await self._sql.select(head + some + tail))
         last = int(found.pop("", 0))
         if after is None or last < after:  # of another database, out of a backup, whose edits we do not know
             return Sight(edits, last, found)
@@ -125,20 +122,5 @@ class Logs:
         return triggers.applies_to(triggers.Trigger(f"{triggers.NAMES}{layout}", table, text))
 
 
-def beat_id() -> str:
-    """The id of a beat that is about to be sent."""
-    return new_id()
-
-
 def _earlier(time: str) -> str:
     return (datetime.strptime(time, _TIME) - timedelta(seconds=OVERLAP)).strftime(_TIME)[:-4] + "Z"
-
-
-def _chunks(names: Sequence[str]) -> list[str]:
-    chunks: list[str] = []
-    for name in names:
-        if chunks and len(chunks[-1]) + len(name) + 100 < MOST_CHARACTERS:
-            chunks[-1] += f",'{name}'"
-        else:
-            chunks.append(f"'{name}'")
-    return chunks

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
 from msgspec import Struct
 
 from pb_cached.errors import DocumentTooLarge, InvalidDocument, SchemaError, named
-from pb_cached.exact import Json, dumps, loads
+from pb_cached.exact import Json, copied, dumps, loads
 from pb_cached.pocketbase.commit.interface import Operation
 from pb_cached.pocketbase.forms import Form
 from pb_cached.pocketbase.ids import new_id
@@ -63,12 +64,8 @@ def snapshot(value: Any, path: str = "$") -> Json:
     Raises:
         InvalidDocument: a value is not JSON; names its path.
     """
-    try:
-        copy = loads(dumps(value))
-        if copy == value:  # what came back is what went in, so all of it was JSON
-            return copy
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
-        pass
+    with suppress(ValueError):
+        return copied(value)
     try:
         return _as_json(value, path)
     except RecursionError:

@@ -300,12 +300,10 @@ class _Field(Struct):
     id: str = ""
 
 
-class _Collection(Struct):
-    id: str
+class Listed(Struct, frozen=True, kw_only=True):
+    """A collection as PocketBase lists it, whoever's it is."""
+
     name: str
-    type: str = "base"
-    fields: list[_Field] = []
-    schema: list[_Field] = []  # 0.22
     indexes: list[str] = []
     listRule: str | None = None
     viewRule: str | None = None
@@ -314,12 +312,20 @@ class _Collection(Struct):
     deleteRule: str | None = None
 
     @property
-    def columns(self) -> list[_Field]:
-        return self.fields or self.schema
+    def is_open(self) -> bool:
+        """May others than superusers do anything with it?"""
+        return any(getattr(self, rule) is not None for rule in _RULES)
+
+
+class _Collection(Listed, frozen=True, kw_only=True):
+    id: str
+    type: str = "base"
+    fields: list[_Field] = []
+    schema: list[_Field] = []  # 0.22
 
     @property
-    def is_open(self) -> bool:
-        return any(getattr(self, rule) is not None for rule in _RULES)
+    def columns(self) -> list[_Field]:
+        return self.fields or self.schema
 
 
 _INDEX_NAME: Final = re.compile(

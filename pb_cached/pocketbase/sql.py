@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -36,7 +36,7 @@ class Sql:
     async def run(self, statements: Sequence[str]) -> Answer:
         """Run statements in their order. The last answer: that of the first call which was refused, if any was."""
         answer = Answer(200, b"")
-        for call in _calls(statements):
+        for call in joined(statements, ";", MOST_CHARACTERS):
             answer = await self._client.send("POST", "/api/sql", body=_body(call), repeatable=True)
             if not answer.ok:
                 break
@@ -53,15 +53,16 @@ class Sql:
             raise await self._client.rejection(answer, "SQL")
 
 
-def _calls(statements: Sequence[str]) -> Iterator[str]:
-    call = ""
-    for statement in statements:
-        if call and len(call) + len(statement) + 1 > MOST_CHARACTERS:
-            yield call
-            call = ""
-        call = f"{call};{statement}" if call else statement
-    if call:
-        yield call
+def joined(parts: Iterable[str], separator: str, most: int) -> Iterator[str]:
+    """The parts in their order, as many together as fit into that many characters; a longer one stands alone."""
+    together = ""
+    for part in parts:
+        if together and len(together) + len(separator) + len(part) > most:
+            yield together
+            together = ""
+        together = f"{together}{separator}{part}" if together else part
+    if together:
+        yield together
 
 
 def _body(query: str) -> bytes:

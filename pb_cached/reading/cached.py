@@ -7,6 +7,7 @@ So a read that went to PocketBase waits for the commit under way: else its reade
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypedDict, TypeVar
 
@@ -18,7 +19,6 @@ from pb_cached.cache.collection import DELETED, CollectionCache, State
 from pb_cached.cache.partition import Entry, Key, Partition, decoded, find, since
 from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.query import MOST_VALUES, keys_of, least_of, only_key, values_of
-from pb_cached.cache.watches import Wake
 from pb_cached.errors import SchemaError
 from pb_cached.exact import Json, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row
@@ -27,6 +27,7 @@ from pb_cached.pocketbase.schema import Kind
 from pb_cached.reading.direct import DirectReads, Document, Found, Match
 from pb_cached.reading.loads import Loader
 from pb_cached.reading.order import Position, first_of, is_beyond, position
+from pb_cached.reading.watched import Watched
 
 ROUNDS: Final = 5
 """How often partitions are refreshed for one reader before the reader goes to PocketBase."""
@@ -62,7 +63,7 @@ class Candidates(NamedTuple):
         return None
 
 
-class CachedReads:
+class CachedReads(Watched):
     """Reads of one collection through its cache, and the one place that tells the cache of our own commits."""
 
     def __init__(
@@ -82,7 +83,7 @@ class CachedReads:
         self._may_answer = may_answer
         places = TypedDict("places", dict.fromkeys(("id", *cache.rule.partition_by), Any), total=False)  # type: ignore[misc]
         self._places = msgspec.json.Decoder(places).decode
-        self.cache = cache
+        super().__init__(cache)
         self.loader = loader
         self._direct = direct
         self._codec = codec
@@ -169,18 +170,6 @@ class CachedReads:
         else:
             self.cache.stats.negative_hits += 1
 
-    def watch(self, where: Mapping[str, Any], wake: Wake) -> Callable[[], None]:
-        """Call `wake` whenever the answer may be different now. Until what is returned is called."""
-        return self.cache.watches.add(keys_of(where, self.cache), wake)
-
-    def wake(self, where: Mapping[str, Any]) -> None:
-        """Have everybody look again who watches what these matches are among."""
-        self.cache.watches.changed(*(keys_of(where, self.cache) or ()))
-
-    def wake_all(self) -> None:
-        """Have everybody look again who watches."""
-        self.cache.watches.all_changed()
-
     # what became of our own operations
 
     def committed(self, operation: Operation, reply: Reply) -> None:
@@ -202,9 +191,7 @@ class CachedReads:
     def glimpsed(self, rows: Sequence[Row]) -> None:
         """Somebody reads these from PocketBase itself, and must not find older ones here afterwards."""
         for row in rows:
-            entry = self.cache.entry(row.id)
-            if entry is None or entry.rev < row.rev:
-                self.cache.glimpsed(row.id, row.rev, self._key(row))
+            self.cache.glimpsed(row.id, row.rev, partial(self._key, row))
 
     def _key(self, row: Row) -> Key | None:
         """The partition of a row; without decoding it, where its columns tell."""

@@ -16,6 +16,7 @@ from pb_cached.cache.partition import Key
 from pb_cached.cache.predicate import compile_where
 from pb_cached.errors import PBCachedError
 from pb_cached.exact import dumps, loads
+from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
@@ -119,10 +120,10 @@ class Loader:
                     found[state.doc_id].append(state.key)
         except Exception as error:
             for outcome in outcomes.values():
-                _fail(outcome, error)
+                fail(outcome, error)
         else:
             for id_, outcome in outcomes.items():
-                outcome.set_result(found[id_])
+                succeed(outcome, found[id_])
         self._asked.difference_update(outcomes.values())
 
     async def warm(self) -> None:
@@ -169,8 +170,7 @@ class Loader:
         await asyncio.gather(*tasks, return_exceptions=True)
         waited_for: list[asyncio.Future[Any]] = [*self._pending.values(), *self._sought.values(), *self._asked]
         for outcome in waited_for:
-            if not outcome.done():
-                _fail(outcome, PBCachedError("the database was closed while documents were read"))
+            fail(outcome, PBCachedError("the database was closed while documents were read"))
         self._pending.clear()
         self._sought.clear()
         self._unsent.clear()
@@ -251,9 +251,9 @@ class Loader:
         for key in keys:
             outcome = self._pending.pop(key)
             if error is None:
-                outcome.set_result(None)
+                succeed(outcome, None)
             else:
-                _fail(outcome, error)
+                fail(outcome, error)
 
     async def _load(self, keys: Sequence[Key]) -> None:
         readings = {key: self._cache.begin(key) for key in keys}
@@ -320,8 +320,3 @@ class Loader:
 
     def _is_too_much(self, documents: int, size: int) -> bool:
         return documents > self._cache.rule.max_documents or size > self._cache.max_bytes
-
-
-def _fail(outcome: asyncio.Future[Any], error: Exception) -> None:
-    outcome.set_exception(error)
-    outcome.exception()  # that nobody waits any more is no reason for a warning

@@ -1,4 +1,4 @@
-"""Watching a collection of which nothing is cached: our own commits are heard of, and nobody else's."""
+"""Watching a collection: by its cache; or, where nothing of it is cached, by our own commits alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,26 @@ from pb_cached.exact import loads
 from pb_cached.pocketbase.commit import Operation, Reply
 
 
-class WatchedCommits:
+class Watched:
+    """What has a cache that hears of changes, and so can be watched."""
+
+    def __init__(self, cache: CollectionCache) -> None:
+        self.cache = cache
+
+    def watch(self, where: Mapping[str, Any], wake: Wake) -> Callable[[], None]:
+        """Call `wake` whenever the answer may be different now. Until what is returned is called."""
+        return self.cache.watches.add(keys_of(where, self.cache), wake)
+
+    def wake(self, where: Mapping[str, Any]) -> None:
+        """Have everybody look again who watches what these matches are among."""
+        self.cache.watches.changed(*(keys_of(where, self.cache) or ()))
+
+    def wake_all(self) -> None:
+        """Have everybody look again who watches."""
+        self.cache.watches.all_changed()
+
+
+class WatchedCommits(Watched):
     """Follows the commits of one collection while somebody watches it, and only then: through a cache that keeps
     nothing, so that they are told as any other change is."""
 
@@ -27,28 +46,21 @@ class WatchedCommits:
         Args:
             follow, unfollow: begin and end to tell us what becomes of the collection's operations.
         """
-        self._cache = CollectionCache(rule, Memory(0))
+        super().__init__(CollectionCache(rule, Memory(0)))
         self._follow = follow
         self._unfollow = unfollow
 
     def watch(self, where: Mapping[str, Any], wake: Wake) -> Callable[[], None]:
-        if not self._cache.watches:
+        if not self.cache.watches:
             self._follow(self)
-        leave = self._cache.watches.add(keys_of(where, self._cache), wake)
+        leave = super().watch(where, wake)
 
         def leave_and_rest() -> None:
             leave()
-            if not self._cache.watches:
+            if not self.cache.watches:
                 self._unfollow(self)
 
         return leave_and_rest
-
-    def wake(self, where: Mapping[str, Any]) -> None:
-        """Have everybody look again who watches what these matches are among."""
-        self._cache.watches.changed(*(keys_of(where, self._cache) or ()))
-
-    def wake_all(self) -> None:
-        self._cache.watches.all_changed()
 
     # what became of our own operations
 
@@ -57,7 +69,7 @@ class WatchedCommits:
         if operation.document:
             document = loads(operation.document)
             rev = operation.rev + 1
-            self._cache.apply(self._cache.state(operation.record_id, rev, document, operation.document))
+            self.cache.apply(self.cache.state(operation.record_id, rev, document, operation.document))
 
     def gone(self, operation: Operation) -> None:
         pass

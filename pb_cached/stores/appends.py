@@ -19,6 +19,7 @@ from parlant.core.sessions import Event, EventId, EventKind, EventSource, Sessio
 
 from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.errors import PBCachedError, UniqueViolation
+from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.commit import Operation
 from pb_cached.stores.held import attempts
 
@@ -61,15 +62,6 @@ class Draft:
             metadata=self.metadata,
             deleted=False,
         )
-
-    def succeed(self, event: Event) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(event)
-
-    def fail(self, error: Exception) -> None:
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
-            self.outcome.exception()  # a cancelled caller is no reason for a warning
 
 
 class Appends:
@@ -120,7 +112,7 @@ class Appends:
                             raise late
         except Exception as error:
             for draft in everyone:
-                draft.fail(error)
+                fail(draft.outcome, error)
         finally:
             for draft in everyone:
                 draft.outcome.cancel()  # where the event loop ends; else all have been told
@@ -136,9 +128,9 @@ class Appends:
         for draft in drafts:
             event = draft.event(offset)
             try:
-                operations.append(events.insertion(self._serialize(event, session_id)))
+                operations.append(events.codec.insert(self._serialize(event, session_id)))
             except PBCachedError as error:  # and the offset is the next one's
-                draft.fail(error)
+                fail(draft.outcome, error)
                 continue
             made.append((draft, event))
             offset += 1
@@ -146,10 +138,10 @@ class Appends:
         refusal: UniqueViolation | None = None
         for (draft, event), outcome in zip(made, await events.commit(operations), strict=True):
             if outcome is None:
-                draft.succeed(event)
+                succeed(draft.outcome, event)
             elif isinstance(outcome, UniqueViolation):
                 refusal = outcome
                 drafts.append(draft)
             else:
-                draft.fail(outcome)
+                fail(draft.outcome, outcome)
         return refusal

@@ -29,7 +29,7 @@ from weakref import WeakValueDictionary
 import tenacity
 
 from pb_cached.errors import UniqueViolation
-from pb_cached.exact import dumps, loads
+from pb_cached.exact import copied
 
 RETRY_SECONDS: Final = 30.0
 """How long a write is tried again that other servers were faster than, each time with what they left."""
@@ -71,11 +71,11 @@ class HoldsItsWrites:
         return task
 
     @contextlib.asynccontextmanager
-    async def _in_turn(self, *of: str) -> AsyncIterator[None]:
-        """The turn of whatever has these names. Within it, methods that are held by the same are a part of it. To
-        be used in a task of its own."""
+    async def _in_turn(self, *of: object) -> AsyncIterator[None]:
+        """The turn of whatever has these names; without any, nobody's. Within it, methods that are held by the
+        same are a part of it. To be used in a task of its own."""
         _holder.set(self)
-        async with self._turn(tuple(map(str, of))):
+        async with self._turn(tuple(map(str, of))) if of else contextlib.nullcontext():
             yield
 
     def _turn(self, of: tuple[str, ...]) -> asyncio.Lock:
@@ -96,12 +96,12 @@ def held(*by: str) -> Callable[[Method], Method]:
     def decorate(method: Method) -> Method:
         places = [list(inspect.signature(method).parameters).index(name) - 1 for name in by]
 
-        def named_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+        def named_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
             values = [
                 args[place] if place < len(args) else kwargs.get(name)
                 for name, place in zip(by, places, strict=True)
             ]
-            return tuple(str(value) for value in values if value is not None)
+            return tuple(value for value in values if value is not None)
 
         @wraps(method)
         async def write(self: HoldsItsWrites, *args: Any, **kwargs: Any) -> Any:
@@ -113,9 +113,7 @@ def held(*by: str) -> Callable[[Method], Method]:
             kwargs = {name: _own(value) for name, value in kwargs.items()}
 
             async def hold() -> Any:
-                _holder.set(self)
-                names = named_by(args, kwargs)
-                async with self._turn(names) if names else contextlib.nullcontext():
+                async with self._in_turn(*named_by(args, kwargs)):
                     try:
                         return await method(self, *args, **kwargs)
                     except UniqueViolation:  # seldom: what retries costs as much as a write
@@ -133,11 +131,9 @@ def _own(value: Any) -> Any:
     proportion: the encoder says so."""
     if value is None or isinstance(value, _UNCHANGING):
         return value
-    try:
-        if isinstance(value, dict | list) and (copied := loads(dumps(value))) == value:
-            return copied  # a quarter of the time that a deep copy takes
-    except (TypeError, ValueError, RecursionError):
-        pass
+    if isinstance(value, dict | list):
+        with contextlib.suppress(ValueError):
+            return copied(value)  # a quarter of the time that a deep copy takes
     with contextlib.suppress(TypeError, RecursionError):
         return copy.deepcopy(value)
     return value

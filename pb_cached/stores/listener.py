@@ -22,6 +22,7 @@ from parlant.core.async_utils import Timeout
 from parlant.core.sessions import Event, EventId, EventKind, EventSource, SessionId, SessionListener
 from typing_extensions import override
 
+from pb_cached.outcomes import fail, succeed
 from pb_cached.stores.sessions import PocketBaseSessionStore
 
 SAFETY_SECONDS: Final = 60.0
@@ -240,13 +241,11 @@ class _Lookout:
             number = await self._look(min(marks.values()))
         except Exception as error:
             for waiting in marks:
-                if not waiting.done():
-                    waiting.set_exception(error)
-                    waiting.exception()  # who has left meanwhile is no reason for a warning
+                fail(waiting, error)
             return
         for waiting, mark in marks.items():
-            if number >= mark and not waiting.done():
-                waiting.set_result(None)
+            if number >= mark:
+                succeed(waiting, None)
 
 
 def _completion(event: Event) -> float:

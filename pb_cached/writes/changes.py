@@ -25,6 +25,7 @@ from pb_cached.errors import (
     StaleRevision,
 )
 from pb_cached.exact import Json, dumps, loads
+from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.commit import Operation, Reply
 
@@ -61,15 +62,6 @@ class _Change:
         self.matches = matches
         self.params = params
         self.outcome: asyncio.Future[Document] = asyncio.get_running_loop().create_future()
-
-    def succeed(self, document: Document) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(document)
-
-    def fail(self, error: Exception) -> None:
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
-            self.outcome.exception()  # a cancelled caller is no reason for a warning
 
 
 class RecordChanges:
@@ -159,7 +151,7 @@ class RecordChanges:
                     changes = changes[-1:]
         except Exception as error:
             for change in changes:
-                change.fail(error)
+                fail(change.outcome, error)
         return None
 
     async def _together(self, state: State | None, changes: Sequence[_Change]) -> State | None:
@@ -202,7 +194,7 @@ class RecordChanges:
             if change.outcome.done():
                 continue
             if document is None or not change.matches(document):
-                change.fail(Overtaken())
+                fail(change.outcome, Overtaken())
             elif change.params is None:
                 accepted.append((change, document))
                 document = None
@@ -227,16 +219,16 @@ class RecordChanges:
     ) -> State | None:
         if operation.method == "DELETE":
             for change, document in accepted:
-                change.succeed(_own(document))
+                succeed(change.outcome, _own(document))
             return None
         if reply.record is None:
             state: State | None = State(operation.record_id, operation.rev + 1, loads(operation.document))
         else:
             state = self._state(self._codec.row(reply.record)) if reply.record else None
         for change, document in accepted[:-1]:
-            change.succeed(_own(document))
+            succeed(change.outcome, _own(document))
         last, document = accepted[-1]
-        last.succeed(_own(document if state is None else state.document))
+        succeed(last.outcome, _own(document if state is None else state.document))
         return state
 
     async def _again(self, record: str) -> State | None:

@@ -23,6 +23,7 @@ from pb_cached.errors import (
     RecordNotFound,
     UniqueViolation,
 )
+from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge, Unexplained
 from pb_cached.telemetry import Log
 from pb_cached.writes.stats import WriteCounters
@@ -77,7 +78,7 @@ class Committer:
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
     is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
     no room, in their order), `_watching` (who waits for the next commit to be decided), `_trimming` (the task that
-    does, at the beginning), `_closed`, `_followers`. All of it is changed between awaits only.
+    trims the log when it is opened), `_closed`, `_followers`. All of it is changed between awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -174,15 +175,14 @@ class Committer:
 
     def _succeed(self, write: _Write, replies: list[Reply]) -> None:
         self._leave(write)
-        if not write.outcome.done():
-            write.outcome.set_result(replies)
+        succeed(write.outcome, replies)
 
     def _fail(self, write: _Write, error: Exception) -> None:
+        if write.decided:
+            return
         self._leave(write)
         write.failed = True
-        if not write.outcome.done():
-            write.outcome.set_exception(error)
-            write.outcome.exception()  # nobody waiting is no reason for a warning
+        fail(write.outcome, error)
 
     def _leave(self, write: _Write) -> None:
         write.decided = True
@@ -210,8 +210,7 @@ class Committer:
         """A commit has been decided."""
         watching, self._watching = self._watching, []
         for decision in watching:
-            if not decision.done():
-                decision.set_result(None)
+            succeed(decision, None)
 
     @property
     def undecided(self) -> int:
@@ -253,8 +252,7 @@ class Committer:
             f"({_summary(unsent)}), and of {len(sent)} it is unknown whether they were applied ({_summary(sent)})"
         )
         for write in (*unsent, *sent):
-            if not write.decided:
-                self._fail(write, error)
+            self._fail(write, error)
         self._report()
         raise error
 
@@ -342,8 +340,7 @@ class Committer:
                         beaten[write] = (operations[index], error)
                         continue
                     self._tell_refused(operations[index], error)
-                    if not write.decided:
-                        self._fail(write, error)
+                    self._fail(write, error)
                 left = [write for write in writes if not write.decided and write not in beaten]
                 self.counters.refused += sum(write.failed for write in writes)
                 self.counters.attempts_more += bool(left)

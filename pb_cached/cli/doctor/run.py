@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -105,7 +104,7 @@ async def _examine(config: Config, address: Address) -> Report:
             report.add(*findings)
             report.add(await stored.triggers(with_triggers))
             report.add(*await stored.versions(config.stores.migrate))
-            report.add(*await stored.unfinished(report.collections, datetime.fromtimestamp(time.time(), UTC)))
+            report.add(*await stored.unfinished(report.collections, datetime.now(UTC)))
             findings, report.duplicates = await stored.duplicates()
             report.add(*findings)
         except PBCachedError as error:

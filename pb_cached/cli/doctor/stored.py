@@ -30,6 +30,7 @@ from pb_cached.pocketbase.dialect import Dialect
 from pb_cached.pocketbase.schema import (
     TURN_SECONDS,
     IndexSpec,
+    Listed,
     SchemaEditor,
     column_name,
     document_collection,
@@ -43,6 +44,7 @@ from pb_cached.stores.variables import VALUES
 from pb_cached.stores.versions import METADATA
 from pb_cached.telemetry import Log
 from pb_cached.writes import shared_log
+from pb_cached.writes.logs import FAILURES
 
 COUNTED: Final = 100_000
 """Nobody counts further."""
@@ -53,9 +55,6 @@ SEARCHED_BY_PAGE: Final = 20_000
 LISTED: Final = 20
 """Keys with duplicates that are listed, for each index, and records for each key."""
 
-_RULES: Final = ("listRule", "viewRule", "createRule", "updateRule", "deleteRule")
-_FAILED: Final = "_failed_migrations"
-
 
 class Store(NamedTuple):
     """One of Parlant's stores: its prefix, what it must be of, and its collections."""
@@ -63,22 +62,6 @@ class Store(NamedTuple):
     prefix: str
     version: Version
     collections: tuple[str, ...]
-
-
-class Listed(Struct, frozen=True):
-    """A collection as PocketBase lists it."""
-
-    name: str
-    indexes: list[str] = []
-    listRule: str | None = None
-    viewRule: str | None = None
-    createRule: str | None = None
-    updateRule: str | None = None
-    deleteRule: str | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return any(getattr(self, rule) is not None for rule in _RULES)
 
 
 class _Listing(Struct):
@@ -274,7 +257,7 @@ class Stored:
                     told = f"a server is changing a collection at this moment ({log})"
                     findings.append(Finding("unfinished", "good", told))
         for count in counts:
-            if count.collection.endswith(_FAILED) and count.records:
+            if count.collection.endswith(FAILURES) and count.records:
                 told = f"{_number(count)} documents that could not be migrated are in '{count.collection}'"
                 findings.append(Finding("unfinished", "weak", told, "Look at them there; no store reads them"))
         return findings or [Finding("unfinished", "good", "nothing")]

@@ -191,7 +191,7 @@ async def drop_orphans(client: PocketBaseClient, log: Log) -> None:
         names = [name for (name,) in await sql.select(triggers.ORPHANED)]
         if names:
             log.warning("dropping the triggers of collections that were deleted", count=len(names))
-            await sql.run([f"DROP TRIGGER IF EXISTS {name}" for name in names])
+            await sql.run([triggers.drop(name) for name in names])
     except RequestRejected as error:
         log.warning("the SQL endpoint is closed to us", reason=str(error))
 

@@ -107,12 +107,16 @@ class CommitLayout(Struct, frozen=True):
     @property
     def columns(self) -> frozenset[str]:
         """All that the trigger names."""
-        return frozenset(["id", *(slot.column for slot in self.slots), "rev", "updated"])
+        return frozenset(self._inserted)
+
+    @property
+    def _inserted(self) -> tuple[str, ...]:
+        """The columns of an insert, in the order of its values."""
+        return ("id", *(slot.column for slot in self.slots), "rev", "updated")
 
     @property
     def _body(self) -> str:
         c, log = self.collection, self.log
-        names = ["id", *(slot.column for slot in self.slots), "rev", "updated"]
         values = [
             "value->>0",
             *(f"ifnull(value->>{n},{slot.default})" for n, slot in enumerate(self.slots, 1)),
@@ -134,7 +138,7 @@ class CommitLayout(Struct, frozen=True):
             # The columns of json_each have names that fields have too; none of ours begins so.
             f"FROM (SELECT value _v FROM jsonb_each(jsonb(NEW.payload),'$.u')) WHERE id=_v->>0 AND rev=_v->>1;\n"
             f"{stale}ifnull(json_array_length(NEW.payload,'$.u'),0);\n"
-            f"INSERT INTO `{c}`({','.join(f'`{name}`' for name in names)}) SELECT {','.join(values)} "
+            f"INSERT INTO `{c}`({','.join(f'`{name}`' for name in self._inserted)}) SELECT {','.join(values)} "
             f"FROM jsonb_each(jsonb(NEW.payload),'$.c');\n"
             f"UPDATE {LOGS} SET applying=0 WHERE log='{log}';\n"
         )
@@ -198,7 +202,7 @@ def orphans(found: Found) -> list[str]:
     believes that it has columns which are not there.
     """
     return [
-        _drop(trigger)
+        drop(trigger.name)
         for trigger in found.triggers.values()
         if (collection := applies_to(trigger)) and collection not in found.tables
     ]
@@ -206,7 +210,7 @@ def orphans(found: Found) -> list[str]:
 
 def departure(collection: str, found: Found) -> list[str]:
     """The statements that take away what applies commits to a collection, so that it can be deleted."""
-    return [_drop(trigger) for trigger in found.triggers.values() if applies_to(trigger) == collection]
+    return [drop(trigger.name) for trigger in found.triggers.values() if applies_to(trigger) == collection]
 
 
 def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str]:
@@ -224,11 +228,11 @@ def repairs(log: str, layouts: Sequence[CommitLayout], found: Found) -> list[str
     for layout in layouts:
         if layout.columns <= found.tables.get(layout.collection, frozenset()):
             wanted += [layout.trigger, *watch(log, layout.collection)]
-    statements += map(_drop, _strays(log, layouts, found))
+    statements += [drop(trigger.name) for trigger in _strays(log, layouts, found)]
     for trigger in wanted:
         there = found.triggers.get(trigger.name)
         if there is not None and there.sql != trigger.sql:
-            statements.append(_drop(trigger))
+            statements.append(drop(trigger.name))
             there = None
         if there is None:
             statements.append(trigger.creation)
@@ -302,14 +306,15 @@ def removal(log: str, found: Found) -> list[str]:
     of_log = [trigger for trigger in found.triggers.values() if trigger.table == log]
     tables = {log, *map(applies_to, of_log)}
     return [
-        *(_drop(trigger) for trigger in found.triggers.values() if trigger.table in tables),
+        *(drop(trigger.name) for trigger in found.triggers.values() if trigger.table in tables),
         f"DELETE FROM {LOGS} WHERE log='{log}'",
         f"UPDATE `{log}` SET layout='{REMOVED}' WHERE id='{BAR}'",
     ]
 
 
-def _drop(trigger: Trigger) -> str:
-    return f"DROP TRIGGER IF EXISTS {trigger.name}"
+def drop(name: str) -> str:
+    """The statement that takes a trigger away."""
+    return f"DROP TRIGGER IF EXISTS {name}"
 
 
 def applying(collection: str) -> str:

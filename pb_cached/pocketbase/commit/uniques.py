@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -13,7 +13,7 @@ from pb_cached.errors import UniqueViolation
 from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.commit.interface import Operation, Refusal
 from pb_cached.pocketbase.commit.triggers import CommitLayout
-from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql
+from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql, joined
 
 _UNIQUE: Final = re.compile(r"CREATE\s+UNIQUE\s+INDEX\b.*\((?P<columns>[^()]*)\)\s*\Z", re.IGNORECASE | re.DOTALL)
 _COLUMN: Final = re.compile(r"[`\"\[]?(?P<name>\w+)[`\"\]]?(?:\s+(?:ASC|DESC))?\Z", re.IGNORECASE)
@@ -111,24 +111,11 @@ async def _taken(
         for index, key in wanted.items()
         if (literals := _literals(key)) is not None
     ]
-    for some in _chunks(rows, MOST_CHARACTERS - len(head) - len(tail)):
-        found = await Sql(client).select(head + ",".join(some) + tail)
+    most = MOST_CHARACTERS - len(head) - len(tail)
+    for some in joined((row for row in rows if len(row) < most), ",", most):
+        found = await Sql(client).select(head + some + tail)
         taken += [int(index) for index, record in found if record not in deleted]
     return taken
-
-
-def _chunks(rows: Sequence[str], most: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    size = 0
-    for row in rows:
-        if chunk and size + len(row) + 1 > most:
-            yield chunk
-            chunk, size = [], 0
-        if len(row) < most:
-            chunk.append(row)
-            size += len(row) + 1
-    if chunk:
-        yield chunk
 
 
 def _literals(key: Key) -> list[str] | None:
