@@ -59,6 +59,9 @@ class PocketBaseSettings(Section, frozen=True):
     """May we switch PocketBase's batch API on where it is off?"""
     max_connections: Annotated[int, Meta(ge=1, le=1000)] = 8
     """httpx gets slower, not faster, with more of them: its pool is scanned for every request."""
+    transport: Literal["auto", "httpx", "aiohttp"] = "auto"
+    """What connections are made of where the caller passes no client. `auto`: aiohttp where it is installed, which
+    takes less CPU."""
     commit: Literal["auto", "log", "batch"] = "auto"
     """How commits are made. `log`: by triggers, three times as fast, and updates compare revisions (PocketBase
     0.39 and later). `batch`: by `/api/batch`. `auto`: by `log` where that can be."""

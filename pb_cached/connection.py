@@ -20,12 +20,13 @@ from pb_cached.cache.memory import Memory
 from pb_cached.coherence import Follower
 from pb_cached.config import Address, Config
 from pb_cached.errors import ConfigError
-from pb_cached.pocketbase.client import PocketBaseClient, http_client
+from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.codec import all_columns
 from pb_cached.pocketbase.commit import BatchPath, CommitPath, Installation, LogPath, SinglePath
 from pb_cached.pocketbase.commit.installation import drop_orphans
 from pb_cached.pocketbase.dialect import Dialect, probe
 from pb_cached.pocketbase.forms import ArrayForm, Form, RecordForm, commit_layout
+from pb_cached.pocketbase.http import Http, own_client
 from pb_cached.pocketbase.schema import Layout, SchemaEditor, log_collection
 from pb_cached.reading import CachedReads
 from pb_cached.telemetry import Log
@@ -185,7 +186,7 @@ class _Shared:
         self.users = 0
         self.opening = asyncio.Lock()
         self.connection: Connection | None = None
-        self.own_http: httpx.AsyncClient | None = None
+        self.own_http: Http | None = None
 
 
 _shared: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, _Shared]]] = (
@@ -217,7 +218,7 @@ async def connection_to(
         async with shared.opening:
             if shared.connection is None:
                 if http is None and shared.own_http is None:
-                    shared.own_http = http_client(config.pocketbase)
+                    shared.own_http = own_client(config.pocketbase, address.url)
                 shared.connection = await _open(
                     address, config, http or shared.own_http, log, lambda: shared.users
                 )
@@ -235,7 +236,7 @@ async def connection_to(
 
 
 async def _open(
-    address: Address, config: Config, http: httpx.AsyncClient | None, log: Log, users: Callable[[], int]
+    address: Address, config: Config, http: Http | None, log: Log, users: Callable[[], int]
 ) -> Connection:
     assert http is not None
     client = PocketBaseClient(http, address, config.pocketbase, log)

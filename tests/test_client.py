@@ -31,7 +31,8 @@ from pb_cached.errors import (
     RequestRejected,
     UniqueViolation,
 )
-from pb_cached.pocketbase.client import PocketBaseClient, Unreached, http_client
+from pb_cached.pocketbase.client import PocketBaseClient, Unreached
+from pb_cached.pocketbase.http import DirectClient, Http, http_client, own_client
 from pb_cached.telemetry import log_through
 from tests.conftest import DatabaseMaker
 from tests.faults import (
@@ -99,15 +100,27 @@ async def account(http: httpx.AsyncClient, pocketbase: PocketBaseServer, token: 
 ClientMaker = Callable[..., PocketBaseClient]
 
 
+@pytest_asyncio.fixture(params=["a caller's", "httpx", "aiohttp"])
+async def any_http(request: pytest.FixtureRequest, http: httpx.AsyncClient) -> AsyncIterator[Http]:
+    """Each of the HTTP clients that requests may go by."""
+    if request.param == "a caller's":
+        yield http
+        return
+    own = own_client(PocketBaseSettings(transport=request.param), "http://127.0.0.1")
+    assert isinstance(own, DirectClient)
+    yield own
+    await own.aclose()
+
+
 @pytest.fixture
-def make_client(http: httpx.AsyncClient, proxy: FaultProxy, token: str) -> ClientMaker:
+def make_client(any_http: Http, proxy: FaultProxy, token: str) -> ClientMaker:
     """Makes clients that speak through the proxy, by default with the token that is right."""
 
     right = Credentials(token=Secret(token))
 
     def make(credentials: Credentials = right, *, url: str = "", retry_for: float = 20.0) -> PocketBaseClient:
         address = Address(url or proxy.url, credentials)
-        return PocketBaseClient(http, address, PocketBaseSettings(retry_for=retry_for), LOG)
+        return PocketBaseClient(any_http, address, PocketBaseSettings(retry_for=retry_for), LOG)
 
     return make
 

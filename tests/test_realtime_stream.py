@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import signal
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import tenacity
 from pb_cached import PocketBaseServer
 from pb_cached.config import Address, Credentials, PocketBaseSettings, Secret
 from pb_cached.pocketbase import realtime
+from pb_cached.pocketbase.aiohttp_transport import AiohttpTransport
 from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.realtime import PATH, RealtimeStream, State, Timing
 from pb_cached.pocketbase.server import find_binary
@@ -144,27 +146,30 @@ class Notes:
             await asyncio.gather(*writers)
 
 
-class Counting(httpx.AsyncHTTPTransport):
+class Counting(httpx.AsyncBaseTransport):
     """Counts streams, each from its request to when its connection is given back."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
+        self._transport = transport
         self.open = self.most = self.all = 0
         self.may_close = asyncio.Event()
         self.may_close.set()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if (request.method, request.url.path) != ("GET", PATH):
-            return await super().handle_async_request(request)
+            return await self._transport.handle_async_request(request)
         self.open += 1
         self.all += 1
         self.most = max(self.most, self.open)
         try:
-            response = await super().handle_async_request(request)
+            response = await self._transport.handle_async_request(request)
         except BaseException:
             self.open -= 1
             raise
         return httpx.Response(response.status_code, headers=response.headers, stream=_Counted(response, self))
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
 
 
 class _Counted(httpx.AsyncByteStream):
@@ -209,9 +214,21 @@ async def writing() -> AsyncIterator[httpx.AsyncClient]:
         yield opened
 
 
-@pytest.fixture
-def streams() -> Counting:
-    return Counting(verify=False)
+TRANSPORTS: dict[str, Callable[[httpx.Limits], httpx.AsyncBaseTransport]] = {
+    "httpx": lambda limits: httpx.AsyncHTTPTransport(verify=False, limits=limits),
+    "aiohttp": lambda limits: AiohttpTransport(ssl.create_default_context(), limits),
+}
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """What connections are made of."""
+    return str(request.param)
+
+
+@pytest_asyncio.fixture
+async def streams(transport: str) -> Counting:
+    return Counting(TRANSPORTS[transport](httpx.Limits()))
 
 
 @pytest_asyncio.fixture
@@ -698,20 +715,20 @@ async def test_a_token_that_cannot_be_replaced_is_said_to_be_refused(
 @pytest.mark.parametrize(
     ("method", "fault", "words"),
     [
-        ("POST", answer(400, IP_RULE), "must come from the same IP address"),
-        ("POST", answer(403), "PocketBase answered 403"),
-        ("POST", answer(404), "is it several behind one address?"),
-        ("POST", answer(500, b"<html>"), "does not answer like PocketBase"),
-        ("GET", answer(200, b"<html>", "text/html"), f"status 200 and 'text/html' {NO_HTML}"),
-        ("GET", answer(429), f"status 429 and 'application/json' {NO_HTML}"),
-        ("GET", answer(200, b"data:{}\n\n", "text/event-stream"), "ended the stream"),
-        ("GET", answer(200, b"event:PB_CONNECT\ndata:{}\n\n", "text/event-stream"), "clientId"),
-        ("GET", answer(200, b"event:PB_CONNECT\ndata:<>\n\n", "text/event-stream"), "DecodeError"),
-        ("GET", Buffer(passed=1), "is there a proxy that buffers?"),
-        ("GET", Buffer(passed=0), "no answer"),
-        ("GET", Gate(), "no answer"),
-        ("GET", cut_at_piece(0), "RemoteProtocolError"),
-        ("POST", Gate(), "gave no usable answer within"),
+        ("POST", lambda: answer(400, IP_RULE), "must come from the same IP address"),
+        ("POST", lambda: answer(403), "PocketBase answered 403"),
+        ("POST", lambda: answer(404), "is it several behind one address?"),
+        ("POST", lambda: answer(500, b"<html>"), "does not answer like PocketBase"),
+        ("GET", lambda: answer(200, b"<html>", "text/html"), f"status 200 and 'text/html' {NO_HTML}"),
+        ("GET", lambda: answer(429), f"status 429 and 'application/json' {NO_HTML}"),
+        ("GET", lambda: answer(200, b"data:{}\n\n", "text/event-stream"), "ended the stream"),
+        ("GET", lambda: answer(200, b"event:PB_CONNECT\ndata:{}\n\n", "text/event-stream"), "clientId"),
+        ("GET", lambda: answer(200, b"event:PB_CONNECT\ndata:<>\n\n", "text/event-stream"), "DecodeError"),
+        ("GET", lambda: Buffer(passed=1), "is there a proxy that buffers?"),
+        ("GET", lambda: Buffer(passed=0), "no answer"),
+        ("GET", Gate, "no answer"),
+        ("GET", lambda: cut_at_piece(0), "RemoteProtocolError"),
+        ("POST", Gate, "gave no usable answer within"),
     ],
 )
 async def test_trouble_is_said_once_and_ends_when_its_cause_does(
@@ -721,10 +738,10 @@ async def test_trouble_is_said_once_and_ends_when_its_cause_does(
     notes: Notes,
     lines: Lines,
     method: str,
-    fault: Fault,
+    fault: Callable[[], Fault],
     words: str,
 ) -> None:
-    proxy.plan(method, PATH, fault, at=EVERY)
+    proxy.plan(method, PATH, fault(), at=EVERY)
     async with make_stream(Timing(opening=0.3)) as stream:
         stream.subscribe([notes.topic])
         await lines.until_said(words, times=3)
@@ -769,16 +786,19 @@ async def test_an_older_stream_that_is_not_subscribed_again_is_not_needed(
 
 
 @asynccontextmanager
-async def client_of(connections: int) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=connections)
-    async with httpx.AsyncClient(verify=False, limits=limits, timeout=httpx.Timeout(30, pool=None)) as opened:
+async def client_of(transport: str, connections: int) -> AsyncIterator[httpx.AsyncClient]:
+    made = TRANSPORTS[transport](httpx.Limits(max_connections=connections))
+    async with httpx.AsyncClient(transport=made, timeout=httpx.Timeout(30, pool=None)) as opened:
         yield opened
 
 
 async def test_one_connection_is_too_few_and_leaves_the_others_to_their_requests(
-    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines
+    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, transport: str
 ) -> None:
-    async with client_of(1) as http, make_stream(Timing(connection=0.1, starved=60), http=http) as stream:
+    async with (
+        client_of(transport, 1) as http,
+        make_stream(Timing(connection=0.1, starved=60), http=http) as stream,
+    ):
         stream.subscribe([notes.topic])
         await lines.until_said("allow the HTTP client at least three (max_connections)", times=1)
         for _ in range(10):
@@ -792,9 +812,9 @@ async def test_one_connection_is_too_few_and_leaves_the_others_to_their_requests
 
 
 async def test_with_two_connections_a_stream_is_replaced_with_a_loss_that_is_told(
-    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines
+    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, transport: str
 ) -> None:
-    async with client_of(2) as http, make_stream(Timing(connection=0.1), http=http) as stream:
+    async with client_of(transport, 2) as http, make_stream(Timing(connection=0.1), http=http) as stream:
         stream.subscribe([notes.topic])
         await owner.until_connected(1)
         stream.replace("the test asks for it")

@@ -7,8 +7,7 @@ nothing of collections or documents.
 from __future__ import annotations
 
 import asyncio
-import copy
-import functools
+import contextlib
 import os
 import re
 import socket
@@ -35,10 +34,8 @@ from pb_cached.errors import (
     RequestRejected,
     UniqueViolation,
 )
+from pb_cached.pocketbase.http import Http, reading_first, unhooked
 from pb_cached.telemetry import Log
-
-KEEPALIVE_SECONDS: Final = 90.0
-"""Below the 180 seconds after which the least patient PocketBase closes an idle connection."""
 
 LASTING_SECONDS: Final = 10.0
 """From when on it is said a second time that PocketBase does not answer."""
@@ -106,7 +103,7 @@ _GATEWAY: Final = frozenset({502, 503, 504})
 """PocketBase itself says none of these; whoever stands before it does, also when an answer was lost."""
 _NO_COLLECTION: Final = frozenset({"Missing collection context.", "Missing or invalid collection context."})
 """What it says, from 0.23 on, where the collection of a record is not there."""
-_NEVER_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_NEVER_SENT: Final = (httpx.ConnectError, httpx.PoolTimeout)
 _CUT: Final = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
 _TIMEOUTS: Final[Mapping[type[httpx.RequestError], str]] = {
     httpx.ConnectTimeout: "timed out connecting",
@@ -131,17 +128,17 @@ def by_status(answer: Answer) -> Verdict:
 
 
 class PocketBaseClient:
-    """Speaks with one PocketBase over an `httpx.AsyncClient`.
+    """Speaks with one PocketBase.
 
     Mutable state: `_token`, replaced by `_sign_in` alone, and `_signing_in`, the sign-in that is under way, which
     every request that needs one joins; `_outage`.
     """
 
-    def __init__(self, http: httpx.AsyncClient, address: Address, settings: PocketBaseSettings, log: Log) -> None:
+    def __init__(self, http: Http, address: Address, settings: PocketBaseSettings, log: Log) -> None:
         self.url = address.url
         self._http = http
-        self._sender = _reading_first(http)
-        self._streamer = _unhooked(http)
+        self._sender = reading_first(http)
+        self._streamer = unhooked(http)
         self._credentials = address.credentials
         self._settings = settings
         self.log = log
@@ -215,7 +212,10 @@ class PocketBaseClient:
                 if isinstance(error, httpx.PoolTimeout) and connection_within is not None:
                     known.in_doubt = in_doubt
                     raise _no_connection(what, connection_within) from error
-                if isinstance(error, _NEVER_SENT):
+                # Some transports call it a timeout of connecting, too, when a connection in use is cut. Those that
+                # trace have told whether anything was sent.
+                never_sent = isinstance(error, httpx.ConnectTimeout) and known.in_doubt == in_doubt
+                if never_sent or isinstance(error, _NEVER_SENT):
                     known.in_doubt = in_doubt
                     raise _Passing from error
                 raise (_Passing if may_repeat else _Final) from error
@@ -400,14 +400,20 @@ class PocketBaseClient:
         self, attempt: Callable[[], Awaitable[Answer]], what: str, known: _Known, limit: float, first_wait: float
     ) -> Answer:
         """The outcome of the first attempt whose trouble does not pass; `limit` seconds at most."""
-        trials = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_Passing),
-            wait=tenacity.wait_random_exponential(multiplier=first_wait, max=1.0),
-        )
         try:
             async with asyncio.timeout(limit):
+                with contextlib.suppress(_Passing):
+                    return (
+                        await attempt()
+                    )  # mostly the last one, too: making trials takes as long as all the rest of it
+                trials = tenacity.AsyncRetrying(
+                    retry=tenacity.retry_if_exception_type(_Passing),
+                    wait=tenacity.wait_random_exponential(multiplier=first_wait, max=1.0),
+                )
                 async for trial in trials:
                     with trial:
+                        if trial.retry_state.attempt_number == 1:
+                            raise _Passing
                         return await attempt()
         except (TimeoutError, _Final) as error:
             within = f" within {limit:g} s" if isinstance(error, TimeoutError) else ""
@@ -537,46 +543,6 @@ def _foreign(answer: Answer, what: str) -> RequestRejected:
         f"{what}: status {answer.status} from something that does not answer like PocketBase; check the URL",
         status=answer.status,
     )
-
-
-def http_client(settings: PocketBaseSettings) -> httpx.AsyncClient:
-    """The client used where the caller passes none. It follows the environment's proxies, but not to ourselves."""
-    return httpx.AsyncClient(
-        verify=_certificates(),
-        mounts=dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]")),
-        timeout=httpx.Timeout(settings.request_timeout, connect=settings.connect_timeout),
-        limits=httpx.Limits(
-            max_connections=settings.max_connections,
-            max_keepalive_connections=settings.max_connections,
-            keepalive_expiry=KEEPALIVE_SECONDS,
-        ),
-    )
-
-
-@functools.cache
-def _certificates() -> ssl.SSLContext:
-    """Those that httpx would load anew for each client, which takes longer than opening a store."""
-    return httpx.create_ssl_context()
-
-
-def _reading_first(http: httpx.AsyncClient) -> httpx.AsyncClient:
-    """The caller's client with its connections, cookies and hooks; the hooks get responses that have been read.
-
-    One that raises, as `raise_for_status` does, makes httpx close the response, and what was not read by then is
-    lost. The caller's own object is left as it is.
-    """
-    if not http.event_hooks["response"]:
-        return http
-    twin = copy.copy(http)
-    twin.event_hooks = {**http.event_hooks, "response": [httpx.Response.aread, *http.event_hooks["response"]]}
-    return twin
-
-
-def _unhooked(http: httpx.AsyncClient) -> httpx.AsyncClient:
-    """The caller's client without hooks for responses: one that reads what it is given would never end."""
-    twin = copy.copy(http)
-    twin.event_hooks = {**http.event_hooks, "response": []}
-    return twin
 
 
 class _SignedIn(Struct):

@@ -24,8 +24,9 @@ from pb_cached.config import (
     find_url,
 )
 from pb_cached.errors import PBCachedError
-from pb_cached.pocketbase.client import PocketBaseClient, http_client
+from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.dialect import probe
+from pb_cached.pocketbase.http import http_client
 from pb_cached.pocketbase.server import PocketBaseServer, find_binary
 from pb_cached.telemetry import log_through
 from pb_cached.writes import shared_log
