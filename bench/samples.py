@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from parlant.core.agents import AgentId
 from parlant.core.common import Version, generate_id
+from parlant.core.customers import CustomerId
 from parlant.core.persistence.common import ObjectId
 from parlant.core.sessions import SessionId, _EventDocument
+from parlant.core.tags import TagId
 
 EVENTS_OF_A_SESSION: Final = 20
+AGENT: Final = AgentId("9876543210")
+TAG: Final = TagId("regular")
+"""Which every customer has, and the variables have their values for."""
+LONG_SESSION: Final = SessionId("session-long")
+"""Beside those that are numbered."""
+_BEGAN: Final = datetime(2025, 1, 1, tzinfo=UTC)
 _TEXT: Final = "a message of usual length, as customers write them when they have lost something on a train"
 
 
@@ -51,3 +60,21 @@ def session(id_: str) -> dict[str, Any]:
         "metadata": {},
         "labels": [],
     }
+
+
+def stored_session(number: int) -> SessionId:
+    return session_of(number * EVENTS_OF_A_SESSION)
+
+
+def customer_id(number: int) -> CustomerId:
+    return CustomerId(f"customer{number:06}")
+
+
+def customer_of(session_number: int, customers: int) -> CustomerId:
+    """The first customer has half of all sessions, so that one has a long list; the others share the rest."""
+    return customer_id(1 + session_number // 2 % (customers - 1) if session_number % 2 else 0)
+
+
+def at(number: int) -> str:
+    """The moment of creation of a document that is stored before a benchmark begins, one a millisecond."""
+    return (_BEGAN + timedelta(milliseconds=number)).isoformat()

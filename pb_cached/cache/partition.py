@@ -26,7 +26,7 @@ partition's documents share. See `CollectionCache.key`."""
 
 ENTRY_BYTES: Final = 300
 """What a document takes beside its JSON: the entry, the record's id, and its places in the indexes. Measured, as
-the other two, on 200,000 documents: `python -m bench.reads`."""
+the other two, on 200,000 documents: `python -m bench --only memory`."""
 PARTITION_BYTES: Final = 340
 """What a partition takes beside its entries: itself, its key, its place in the LRU."""
 SINGLE_BYTES: Final = 480

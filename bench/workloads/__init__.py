@@ -1,0 +1,1 @@
+"""What is measured. Each workload is a coroutine function that takes a `Run`, and is one module."""
