@@ -32,6 +32,7 @@ from pb_cached.errors import (
     SchemaError,
     UniqueViolation,
 )
+from pb_cached.pocketbase.schema import IS_EXCEPTIONAL
 from tests.conftest import DatabaseMaker
 from tests.faults import EVERY, Exchange, FaultProxy, answer, twice
 
@@ -726,6 +727,17 @@ async def test_ensure_indexes_makes_real_indexes_once(
         f"`{table}` (`doc_id`, `done`)",
     ]
     assert [sql.split("INDEX")[0].strip() for sql in made] == ["CREATE", "CREATE UNIQUE"]
+
+
+async def test_exceptional_records_are_found_by_an_index_of_theirs(
+    notes: DocumentCollection[Note], pocketbase: PocketBaseServer, table: str
+) -> None:
+    """A page asks whether there are any: among a million plain ones that must be one look."""
+    headers = {"Authorization": pocketbase.connection_params["admin_token"]}
+    query = f"EXPLAIN QUERY PLAN SELECT * FROM {table} WHERE {IS_EXCEPTIONAL} ORDER BY extra LIMIT 1"
+    async with httpx.AsyncClient(base_url=pocketbase.url, headers=headers) as http:
+        plan = (await http.post("/api/sql", json={"query": query})).json()["rows"]
+    assert [row[-1] for row in plan] == [f"SEARCH {table} USING INDEX idx_{table}__extra (extra>?)"]
 
 
 async def test_an_index_over_an_unknown_field_is_an_error(notes: DocumentCollection[Note]) -> None:

@@ -8,7 +8,7 @@ every condition can be said exactly. For the others it is translated to what the
 * `$gt`, `$gte`, `$lt`, `$lte`: beyond v's image, or equal to it where images may coincide;
 * `$ne v`: unequal v's image, where only v itself has that image and it is not the default; else nothing.
 
-Where the two differ, the filter says both, the second with `extra != ''`. What a filter's string cannot say (a
+Where the two differ, the filter says both, the second with `extra > ''`. What a filter's string cannot say (a
 NUL; a last backslash, before 0.39.9) becomes the range around it.
 
 `exact` is true where the filter lets through just those plain records that match.
@@ -26,7 +26,7 @@ from msgspec import Struct
 from pb_cached.exact import Json
 from pb_cached.pocketbase.codec import SAFE_INTEGER, image
 from pb_cached.pocketbase.dialect import Dialect
-from pb_cached.pocketbase.schema import Column, Kind
+from pb_cached.pocketbase.schema import IS_EXCEPTIONAL, Column, Kind
 
 
 class Narrowing(Struct, frozen=True):
@@ -42,7 +42,7 @@ class Narrowing(Struct, frozen=True):
 EVERYTHING: Final = Narrowing("", expressions=0)
 UNKNOWN: Final = Narrowing("", exact=False, expressions=0)
 NOTHING: Final = Narrowing(None, expressions=0)
-EXCEPTIONAL: Final = Narrowing("extra != ''")
+EXCEPTIONAL: Final = Narrowing(IS_EXCEPTIONAL)
 """The records that are not plain."""
 _SIGNS: Final = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 

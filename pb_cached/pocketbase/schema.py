@@ -168,6 +168,9 @@ class CollectionSpec(Struct, frozen=True):
         return f"CREATE INDEX `{self.mark}` ON `{self.name}` (`{counter}`) WHERE `{counter}` < 0"
 
 
+IS_EXCEPTIONAL: Final = "extra > ''"
+"""Tells the records whose columns do not hold all of the document, in SQL and in filters. They have an index of
+their own, as they are few, and every page asks for them."""
 DOCUMENT_SYSTEM: Final = (("doc_id", "text"), ("extra", "text"), ("rev", "number"), ("updated", "autodate"))
 LOG_SYSTEM: Final = (
     ("server", "text"), ("n", "number"), ("created", "autodate"), ("layout", "text"), ("payload", "text"),
@@ -194,7 +197,8 @@ def document_collection(prefix: str, name: str, schema: type[Mapping[str, Any]])
     table = _checked_name(f"{prefix}_{name}")
     columns = columns_of(schema)
     by_field = {column.field: column.name for column in columns}
-    indexes = [IndexSpec((("doc_id", False),)), IndexSpec((("updated", False),))]
+    exceptional = IndexSpec((("extra", False),), where=IS_EXCEPTIONAL)
+    indexes = [IndexSpec((("doc_id", False),)), IndexSpec((("updated", False),)), exceptional]
     if "creation_utc" in by_field:
         indexes.append(IndexSpec(((by_field["creation_utc"], False), ("doc_id", False))))
     if "version" in by_field:

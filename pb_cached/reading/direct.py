@@ -17,9 +17,9 @@ from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.exact import Json
 from pb_cached.pocketbase.codec import RecordCodec, Row
 from pb_cached.pocketbase.dialect import Dialect
-from pb_cached.pocketbase.filters import EXCEPTIONAL, FilterWriter, is_unshared
+from pb_cached.pocketbase.filters import FilterWriter, is_unshared
 from pb_cached.pocketbase.records import RecordReader
-from pb_cached.pocketbase.schema import Kind
+from pb_cached.pocketbase.schema import IS_EXCEPTIONAL, Kind
 from pb_cached.reading.order import Position, beyond, first_of, is_beyond, position
 
 Document = dict[str, Json]
@@ -178,8 +178,11 @@ class DirectReads:
         return column is not None and column.kind is Kind.TEXT
 
     async def _exceptional(self, filter_: str) -> Sequence[Row]:
-        """The records that are not plain, all that the filter lets through."""
-        return [row async for row in self._reader.all((" && ".join(filter(None, (filter_, EXCEPTIONAL.text))),))]
+        """The records that are not plain, all that the filter lets through. Most collections have none, which
+        takes one look into their index; through a filter it would take all that the filter finds."""
+        if not (await self._reader.page(IS_EXCEPTIONAL, "extra", 1)).rows:
+            return ()
+        return [row async for row in self._reader.all((" && ".join(filter(None, (filter_, IS_EXCEPTIONAL))),))]
 
     def _ordered(self, rows: Iterable[Row], predicate: Predicate, descending: bool) -> list[Document]:
         """The matches in the order of `find`; of equal ones, the one inserted first."""
