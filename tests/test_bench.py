@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from bench import cli
 from bench.growth import fitted, growths
-from bench.results import SHARES, Cell, at_shares
+from bench.results import SHARES, Cell, Results, at_shares
 from bench.rounds import Contender, take_turns
 from bench.targets import TARGETS, Target
 
+ROOT = Path(__file__).parent.parent
 SIZES = (100, 1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -137,3 +141,18 @@ def test_a_file_that_is_no_run_is_refused_in_words(tmp_path_factory: pytest.Temp
     answer = CliRunner().invoke(cli.main, ["compare", str(file), str(file)])
     assert answer.exit_code == 1
     assert "not the results of a run" in answer.output
+
+
+@pytest.mark.slow
+def test_one_command_measures_judges_and_reports(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "--quick", "--rounds", "1", "--only", "opening", "--only", "listing"]
+    ran = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    results = Results.read(tmp_path / "results.json")
+    assert [row.key for row in results.rows] == ["opening.growth"]
+    assert {cell.workload.partition(" ")[0] for cell in results.cells} == {"opening", "listing"}
+    assert (tmp_path / "report.html").read_text("utf-8").count("opening") > 1
+    compared = CliRunner().invoke(cli.main, ["compare", str(tmp_path), str(tmp_path / "results.json")])
+    assert compared.exit_code == 0, compared.output
