@@ -1,4 +1,7 @@
-"""A process of ours that carries out orders: a line of JSON each, answered by a line of JSON."""
+"""A process that carries out orders: a line of JSON each, answered by a line of JSON. It ends with its input.
+
+Imports next to nothing, as some processes have it measured how long their own imports take.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from pb_cached import PocketBaseServer
-
+TOKEN: Final = "POCKETBASE_ADMIN_TOKEN"
+"""The variable of the environment that has it, so that no list of processes shows it."""
 READY: Final = b"ready\n"
 LINE_BYTES: Final = 64 * 1024 * 1024
 """The longest answer."""
@@ -32,13 +35,16 @@ class Child:
         self.process = psutil.Process(process.pid)
 
     async def ask(self, order: Struct, answer: type[Answer]) -> Answer:
+        """Give it an order, one at a time, and return its answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(order) + b"\n")
         return msgspec.json.decode(await self.line(), type=answer)
 
     async def line(self) -> bytes:
         assert self._process.stdout is not None
-        return await self._process.stdout.readline()
+        line = await self._process.stdout.readline()
+        assert line, "the process has ended; what it said of it is above"
+        return line
 
     async def end(self) -> None:
         """Have it end, as there are no more orders."""
@@ -48,18 +54,18 @@ class Child:
 
 
 @asynccontextmanager
-async def child(module: str, pocketbase: PocketBaseServer) -> AsyncIterator[Child]:
-    """A process that runs a module and has told that it is ready.
+async def child(module: str, *arguments: str, token: str) -> AsyncIterator[Child]:
+    """A process that runs a module with these arguments, and has told that it is ready.
 
     Args:
-        module: is given the URL as its argument, and the token by the environment.
+        token: of PocketBase's superuser, which it finds in its environment.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, pocketbase.url),
+        *(sys.executable, "-m", module, *arguments),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=LINE_BYTES,
-        env={**os.environ, "POCKETBASE_ADMIN_TOKEN": pocketbase.connection_params["admin_token"]},
+        env={**os.environ, TOKEN: token},
         cwd=Path(__file__).parents[2],
     )
     started = Child(process)
@@ -71,7 +77,7 @@ async def child(module: str, pocketbase: PocketBaseServer) -> AsyncIterator[Chil
         await started.end()
 
 
-async def carry_out(order: type[Order], do: Callable[[Order], Awaitable[Struct]]) -> None:
+async def carry_out(order: type[Order], do: Callable[[Order], Awaitable[object]]) -> None:
     """In the process: carry out orders until there are no more."""
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()

@@ -1,9 +1,7 @@
-"""A server process, with the stores of this library or of the plain adapter: it carries out orders, a line of JSON
-each, and answers each with another line.
+"""A server process, with the stores of this library or of the plain adapter. `Server` is such a process, as who
+started it has it.
 
     POCKETBASE_ADMIN_TOKEN=... python -m bench.processes.server ours http://127.0.0.1:8090
-
-It ends with its input. `Server` is such a process, as who started it has it.
 """
 
 from __future__ import annotations
@@ -15,23 +13,18 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, Literal, Protocol, Self, cast
+from types import NoneType
+from typing import Literal, Protocol, Self, cast
 
-import msgspec
-import psutil
 from msgspec import Struct
 from parlant.core.context_variables import ContextVariableStore
 from parlant.core.customers import CustomerStore
 from parlant.core.sessions import SessionId, SessionStore
 
+from bench.processes.child import TOKEN, Child, carry_out, child
 from bench.processes.traffic import Customer
 
 Whose = Literal["ours", "plain"]
-TOKEN: Final = "POCKETBASE_ADMIN_TOKEN"
-"""The variable of the environment that has it, so that no list of processes shows it."""
-LINE_BYTES: Final = 1 << 26
-"""An answer holds what each operation took."""
 
 
 # --- orders and answers ------------------------------------------------------------------------------------------
@@ -150,20 +143,21 @@ class _Stock:
 async def serve(whose: Whose, url: str) -> None:
     """Carry out orders until there are no more."""
     opening = _ours() if whose == "ours" else _plain()
-    print("ready", flush=True)
     async with AsyncExitStack() as stack:
         stores: OpenStores | None = None
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            order = msgspec.json.decode(line, type=Order)
-            answer: object = None
+
+        async def do(order: Order) -> object:
+            nonlocal stores
             if isinstance(order, Open):
                 stores = await stack.enter_async_context(opening(url, settles=order.settles))
-            elif isinstance(order, Close):
+                return None
+            if isinstance(order, Close):
                 await stack.aclose()
-            else:
-                assert stores is not None, "the stores are opened first"
-                answer = await _carry_out(order, stores)
-            print(msgspec.json.encode(answer).decode(), flush=True)
+                return None
+            assert stores is not None, "the stores are opened first"
+            return await _carry_out(order, stores)
+
+        await carry_out(Order, do)  # type: ignore[arg-type]
 
 
 async def _carry_out(order: Read | Talk, stores: OpenStores) -> object:
@@ -197,55 +191,30 @@ async def first_reads(stores: OpenStores, session_id: SessionId) -> int:
 
 
 class Server:
-    """Such a process. It is given one order at a time."""
+    """Such a process."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self.process = psutil.Process(process.pid)
+    def __init__(self, started: Child) -> None:
+        self._child = started
+        self.process = started.process
 
     @classmethod
     @asynccontextmanager
     async def start(cls, whose: Whose, url: str, token: str) -> AsyncIterator[Self]:
         """One that has imported what it needs. It has ended when the context ends."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "bench.processes.server", whose, url),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, TOKEN: token},
-            cwd=Path(__file__).parents[2],
-            limit=LINE_BYTES,
-        )
-        try:
-            server = cls(process)
-            assert await server._line() == b"ready\n"
-            yield server
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            await process.wait()
+        async with child("bench.processes.server", whose, url, token=token) as started:
+            yield cls(started)
 
     async def open(self, *, settles: bool) -> None:
-        await self._order(Open(settles))
+        await self._child.ask(Open(settles), NoneType)
 
     async def read(self, session: SessionId) -> int:
-        return msgspec.json.decode(await self._order(Read(session)), type=int)
+        return await self._child.ask(Read(session), int)
 
     async def talk(self, customers: Sequence[str], seconds: float) -> Talked:
-        return msgspec.json.decode(await self._order(Talk(tuple(customers), seconds)), type=Talked)
+        return await self._child.ask(Talk(tuple(customers), seconds), Talked)
 
     async def close(self) -> None:
-        await self._order(Close())
-
-    async def _order(self, order: Order) -> bytes:
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(order) + b"\n")
-        return await self._line()
-
-    async def _line(self) -> bytes:
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        assert line, "a server process has ended; what it said of it is above"
-        return line
+        await self._child.ask(Close(), NoneType)
 
 
 if __name__ == "__main__":

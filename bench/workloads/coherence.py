@@ -73,9 +73,10 @@ async def measure(run: Run) -> None:
         async with server_of_ours(server) as other:
             await _waking(run, one, other, server)
             await _gap(run, server, one, other)
+        token = server.connection_params["admin_token"]
         writer, *followers = await asyncio.gather(
             *(
-                stack.enter_async_context(child(f"bench.processes.{module}", server))
+                stack.enter_async_context(child(f"bench.processes.{module}", server.url, token=token))
                 for module in ("writer", *("follower" for _ in range(max(FOLLOWERS))))
             )
         )

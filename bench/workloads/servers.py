@@ -92,9 +92,9 @@ async def measure(run: Run) -> None:
         )
         same = await _sessions(stores)
         most = max(count for _, count in found)
-        children = await asyncio.gather(
-            *(stack.enter_async_context(child("bench.processes.writer", server)) for _ in range(most))
-        )
+        token = server.connection_params["admin_token"]
+        starting = [child("bench.processes.writer", server.url, token=token) for _ in range(most)]
+        children = await asyncio.gather(*map(stack.enter_async_context, starting))
         servers = [Server(one, await _sessions(stores)) for one in children]
         with run.step("servers", (run.options.rounds + 1) * len(found)) as done:
             for round_ in range(run.options.rounds + 1):
