@@ -40,7 +40,7 @@ from pb_cached.errors import (
 )
 from pb_cached.exact import Json, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
-from pb_cached.pocketbase.commit import Operation, Reply
+from pb_cached.pocketbase.commit import LogPath, Operation, Reply
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec
@@ -48,6 +48,7 @@ from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads, Wa
 from pb_cached.reading.order import position
 from pb_cached.telemetry import Log
 from pb_cached.writes import Committer, Overtaken, RecordChanges, State
+from pb_cached.writes.basis import built_on, note_read, note_written
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,6 +102,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             caching.rule, partial(committer.follow, spec.name), partial(committer.unfollow, spec.name)
         )
         self._changes = RecordChanges(codec, self._record, self._apply, patience)
+        self._looks_before = caching.follows is not None and not isinstance(committer.path, LogPath)
+        """Nobody compares revisions, and what is cached may be older than what PocketBase has."""
         self._closed = False
 
     def _direct(self, reader: RecordReader) -> DirectReads:
@@ -213,7 +216,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         if sort:
             return cast(TDocument | None, await self._read(self._reads.first_sorted, filters, sort))
         match = await self._read(self._reads.first, filters)
-        return cast(TDocument, match.document) if match else None
+        if match is None:
+            return None
+        note_read(match.record, match.rev)
+        return cast(TDocument, match.document)
 
     async def exists(self, filters: Where) -> bool:
         """Is there a match? What `find_one` tells too, at a fraction of its cost where the match is cached.
@@ -289,7 +295,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         return errors + [refusal] * (len(operations) - len(errors))
 
     async def update_one(self, filters: Where, params: TDocument, upsert: bool = False) -> UpdateResult[TDocument]:
-        """Merge `params` into the first match: the fields that it names, and no others.
+        """Merge `params` into the first match: the fields that it names, and no others. Within a store's method,
+        only if the match is what the method has read.
 
         Args:
             upsert: insert `params`, which must then be a whole document, where nothing matches.
@@ -298,7 +305,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             The document as it was committed, other writers' changes to its other fields included.
 
         Raises:
-            As `insert_one`, and InvalidFilter.
+            As `insert_one`, InvalidFilter, and within a store's method StaleRead.
         """
         self._require_open()
         _require_filter(filters)
@@ -313,8 +320,11 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                     return UpdateResult(True, 0, 0, None)
                 inserted, reply = await self._insert(params)
                 return UpdateResult(True, 0, 0, cast(TDocument, self._left(inserted, reply)))
+            basis = built_on(match.record)
+            found = _state(match) if basis is None or not self._looks_before else await self._looked_at(match)
             with suppress(Overtaken):
-                updated = await self._changes.make(_state(match), since, matches, cast(dict[str, Any], params))
+                updated = await self._changes.make(found, since, matches, cast(dict[str, Any], params), basis)
+                note_written(match.record)
                 return UpdateResult(True, 1, 1, cast(TDocument, updated))
         raise StaleRevision(f"update in '{self._spec.name}': others were faster with every match", status=409)
 
@@ -418,6 +428,11 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
     def _left(self, operation: Operation, reply: Reply) -> dict[str, Json]:
         """The document that an operation left."""
         return self.codec.document(self.codec.row(reply.record)) if reply.record else loads(operation.document)
+
+    async def _looked_at(self, match: Match) -> State:
+        """What PocketBase has of a match now; where it has nothing any more, what the match was."""
+        row = await self._record(match.record)
+        return _state(match) if row is None else State(row.id, row.rev, self.codec.document(row), row)
 
     async def _record(self, record_id: str) -> Row | None:
         """A record that others have changed, as it is now."""

@@ -9,7 +9,8 @@ would then give up their lock while the write is still on its way to PocketBase,
 state from before it: two events with one offset. So each write of ours runs in a task of its own, which keeps its
 turn until the write is decided; a cancelled caller only stops waiting for it.
 
-Between servers a unique index decides: who comes too late reads again, and writes what follows from that.
+Between servers a unique index decides, and the revision of what a method has read: who comes too late reads again,
+and writes what follows from that. An update so contains whatever the others have written meanwhile.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from weakref import WeakValueDictionary
 
 import tenacity
 
-from pb_cached.errors import UniqueViolation
+from pb_cached.errors import StaleRead, UniqueViolation
 from pb_cached.exact import copied
+from pb_cached.writes.basis import built_on_what_it_reads
 
 RETRY_SECONDS: Final = 30.0
 """How long a write is tried again that other servers were faster than, each time with what they left."""
+
+TOO_LATE: Final = (UniqueViolation, StaleRead)
+"""What other servers' writes make of one that rests on the state from before them."""
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 T = TypeVar("T")
@@ -112,12 +117,16 @@ def held(*by: str) -> Callable[[Method], Method]:
             args = tuple(map(_own, args))
             kwargs = {name: _own(value) for name, value in kwargs.items()}
 
+            async def attempt() -> Any:
+                with built_on_what_it_reads():
+                    return await method(self, *args, **kwargs)
+
             async def hold() -> Any:
                 async with self._in_turn(*named_by(args, kwargs)):
                     try:
-                        return await method(self, *args, **kwargs)
-                    except UniqueViolation:  # seldom: what retries costs as much as a write
-                        return await attempts()(method, self, *args, **kwargs)
+                        return await attempt()
+                    except TOO_LATE:  # seldom: what retries costs as much as a write
+                        return await attempts()(attempt)
 
             return await asyncio.shield(self._hold(hold()))
 
@@ -140,9 +149,9 @@ def _own(value: Any) -> Any:
 
 
 def attempts() -> tenacity.AsyncRetrying:
-    """Tries again what a unique index of other servers' writes has refused."""
+    """Tries again what came too late for other servers' writes."""
     return tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(UniqueViolation),
+        retry=tenacity.retry_if_exception_type(TOO_LATE),
         wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.25),
         stop=tenacity.stop_after_delay(RETRY_SECONDS),
         reraise=True,
