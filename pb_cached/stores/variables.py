@@ -55,6 +55,7 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
         async with versions_told(self, self._database):
             await super().__aenter__()
         await self._value_collection.ensure_indexes([VALUES])
+        self._belong_to(self._database)
         return self
 
     @held()

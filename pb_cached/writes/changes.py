@@ -70,9 +70,9 @@ class _Change:
 class RecordChanges:
     """The changes of one collection's records by this process.
 
-    Mutable state, changed between awaits only: `_waiting`, the changes of a record that wait for the one under
-    way; there is an entry exactly while a task sees to that record. `_clock` counts the changes that were decided,
-    and `_changed` tells for each record which was its last.
+    Mutable state, changed between awaits only: `_waiting`, the changes of a record that wait for those under way;
+    there is an entry exactly while a task sees to that record, and then `_deciding` holds those. `_clock` counts
+    the changes that were decided, and `_changed` tells for each record which was its last.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class RecordChanges:
         self._apply = apply
         self._patience = patience
         self._waiting: dict[str, list[_Change]] = {}
+        self._deciding: dict[str, list[_Change]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock = 0
         self._changed: LRUCache[str, int] = LRUCache(REMEMBERED)
@@ -139,17 +140,25 @@ class RecordChanges:
             task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(change.outcome)
 
+    async def flush(self) -> None:
+        """Return when every change made so far is decided, also those whose callers have left."""
+        changes = [*self._waiting.values(), *self._deciding.values()]
+        if outcomes := [change.outcome for some in changes for change in some if not change.outcome.done()]:
+            await asyncio.wait(outcomes)
+
     async def _take_turns(self, state: State) -> None:
         record = state.record
         known: State | None = state
         try:
             while changes := self._waiting[record]:
                 self._waiting[record] = []
+                self._deciding[record] = changes
                 known = await self._decide(known, changes)
                 self._clock += 1
                 self._changed[record] = self._clock
         finally:
             del self._waiting[record]
+            self._deciding.pop(record, None)
 
     async def _decide(self, state: State | None, changes: Sequence[_Change]) -> State | None:
         """Decide every one of these changes. What the record is afterwards; None where it is gone, or unknown."""
