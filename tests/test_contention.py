@@ -14,9 +14,13 @@ import httpx
 import pytest
 import pytest_asyncio
 from parlant.core.agents import AgentId
+from parlant.core.context_variables import ContextVariableDocumentStore
 from parlant.core.customers import CustomerId
+from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import identity_loader_for
+from parlant.core.persistence.document_database_helper import MetadataDocument, load_metadata_document
 from parlant.core.sessions import EventKind, EventSource, Session, _EventDocument
+from parlant.core.tags import TagId
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
 from pb_cached.config import CoherenceSettings, PocketBaseSettings, StoreSettings
@@ -28,6 +32,7 @@ from tests.conftest import EXCLUSIVE
 from tests.faults import EVERY, FaultProxy, Gate, Valve
 
 OFF: Final = CoherenceSettings(mode="off")
+EVERY_READ: Final = Config(coherence=OFF)
 
 
 def commits(proxy: FaultProxy) -> int:
@@ -261,6 +266,61 @@ async def test_without_comparison_an_update_still_contains_what_was_acknowledged
             assert not (await server.session_store.read_session(session.id)).metadata, "the cache has heard of it"
             written = await server.session_store.set_metadata(session.id, "own", 2)
             assert dict(written.metadata) == {"other": 1, "own": 2}
+
+
+@pytest.mark.parametrize("commit", ["log", "batch"])
+async def test_servers_that_open_a_fresh_store_at_once_tell_its_version_once(
+    open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str, commit: Literal["log", "batch"]
+) -> None:
+    async def serve() -> None:
+        async with open_server(OFF, pocketbase=PocketBaseSettings(commit=commit)):
+            pass
+
+    await asyncio.gather(*(serve() for _ in range(3)))
+    for store in ("sessions", "customers", "variables"):
+        async with PocketBaseDocumentDatabase(
+            None, pocketbase.connection_params, collection_prefix=f"{prefix}_{store}", config=EVERY_READ
+        ) as database:
+            metadata = await database.get_or_create_collection(
+                "metadata", MetadataDocument, load_metadata_document
+            )
+            assert (await metadata.find({})).total_count == 1
+
+
+async def test_several_metadata_documents_that_are_there_already_are_no_reason_to_stop(
+    open_server: OpenServer,
+    pocketbase: PocketBaseServer,
+    prefix: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As servers of an older version left them."""
+    async with PocketBaseDocumentDatabase(
+        None, pocketbase.connection_params, collection_prefix=f"{prefix}_variables", config=EVERY_READ
+    ) as database:
+        metadata = await database.get_or_create_collection("metadata", MetadataDocument, load_metadata_document)
+        version = ContextVariableDocumentStore.VERSION.to_string()
+        for id_ in ("a", "b"):
+            await metadata.insert_one({"id": ObjectId(id_), "creation_utc": "2026", "version": version})
+    async with open_server() as stores:
+        assert (await stores.variable_store.create_variable("plan")).name == "plan"
+    assert "several metadata documents" in capsys.readouterr().err
+
+
+async def test_a_variable_that_servers_define_at_once_is_one_variable_with_each_tag_once(
+    open_server: OpenServer,
+) -> None:
+    async with open_server(OFF) as one, open_server(OFF) as other:
+        for n in range(3):
+            defined = await asyncio.gather(
+                *(
+                    server.variable_store.create_variable(f"plan {n}", tags=[TagId("vip"), TagId("new")])
+                    for server in (one, other)
+                )
+            )
+            assert defined[0].id == defined[1].id
+        variables = await one.variable_store.list_variables()
+        assert sorted(variable.name for variable in variables) == ["plan 0", "plan 1", "plan 2"]
+        assert all(sorted(variable.tags) == ["new", "vip"] for variable in variables)
 
 
 async def test_events_that_share_an_offset_already_are_no_reason_to_stop(
