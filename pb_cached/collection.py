@@ -6,10 +6,10 @@ by filter, the compiled predicate decides.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
+from functools import partial, wraps
+from typing import Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
 
 import msgspec
 from parlant.core.persistence.common import Cursor, ObjectId, SortDirection, Where
@@ -29,6 +29,7 @@ from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.stats import CollectionStats
 from pb_cached.cache.watches import Wake
 from pb_cached.coherence import FollowedCollection
+from pb_cached.config import WriteSettings
 from pb_cached.connection import Connection
 from pb_cached.errors import (
     InvalidDocument,
@@ -40,7 +41,7 @@ from pb_cached.errors import (
 )
 from pb_cached.exact import Json, loads
 from pb_cached.pocketbase.codec import RecordCodec, Row, snapshot
-from pb_cached.pocketbase.commit import Operation, Reply
+from pb_cached.pocketbase.commit import LogPath, Operation, Reply
 from pb_cached.pocketbase.filters import FilterWriter
 from pb_cached.pocketbase.records import RecordReader
 from pb_cached.pocketbase.schema import CollectionSpec, IndexSpec
@@ -48,8 +49,11 @@ from pb_cached.reading import CachedReads, DirectReads, Loader, Match, Reads, Wa
 from pb_cached.reading.order import position
 from pb_cached.telemetry import Log
 from pb_cached.writes import Committer, Overtaken, RecordChanges, State
+from pb_cached.writes.basis import built_on, note_read, note_written
+from pb_cached.writes.calls import Calls
 
 P = ParamSpec("P")
+S = TypeVar("S", bound="PocketBaseDocumentCollection[Any]")
 T = TypeVar("T")
 
 DELETED_TOGETHER: Final = 200
@@ -70,6 +74,19 @@ class Caching(msgspec.Struct, frozen=True):
     """The log that others commit to; None where nobody else writes."""
 
 
+def _counted(
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """A write, which `flush` waits for wherever it is."""
+
+    @wraps(method)
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._calls.one():
+            return await method(self, *args, **kwargs)
+
+    return call
+
+
 class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocument]):
     """A collection of documents. Every document it returns belongs to the caller."""
 
@@ -80,19 +97,16 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         connection: Connection,
         committer: Committer,
         caching: Caching,
-        patience: float,
+        settings: WriteSettings,
         log: Log,
     ) -> None:
-        """
-        Args:
-            patience: seconds for which an update is tried again that other servers overtake.
-        """
         self.codec = codec
         self.reader = RecordReader(connection.client, connection.dialect, codec)
         self.filters = FilterWriter(codec.columns, connection.dialect)
         self._spec = msgspec.structs.replace(spec, columns=codec.layout.declared)
         self._connection = connection
         self._committer = committer
+        self._settings = settings
         self._log = log
         make = partial(self._new_cache, caching)
         self._cached = connection.cached(spec.name, codec.layout, make) if caching.is_on else None
@@ -100,7 +114,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._watched = self._cached or WatchedCommits(
             caching.rule, partial(committer.follow, spec.name), partial(committer.unfollow, spec.name)
         )
-        self._changes = RecordChanges(codec, self._record, self._apply, patience)
+        self._changes = RecordChanges(codec, self._record, self._apply, settings.deadline)
+        self._calls = Calls()
+        self._looks_before = caching.follows is not None and not isinstance(committer.path, LogPath)
+        """Nobody compares revisions, and what is cached may be older than what PocketBase has."""
         self._closed = False
 
     def _direct(self, reader: RecordReader) -> DirectReads:
@@ -131,6 +148,16 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         it is over."""
         self._closed = True
         self._watched.wake_all()
+
+    @property
+    def undecided(self) -> int:
+        """How many calls that write are under way."""
+        return self._calls.under_way
+
+    async def flush(self) -> None:
+        """Return when every write called so far is decided. Those whose callers have left may be in the queue."""
+        await self._calls.over()
+        await self._changes.flush()
 
     def stats(self) -> CollectionStats | None:
         """What the collection's cache holds and has done; None where it has no cache."""
@@ -213,7 +240,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         if sort:
             return cast(TDocument | None, await self._read(self._reads.first_sorted, filters, sort))
         match = await self._read(self._reads.first, filters)
-        return cast(TDocument, match.document) if match else None
+        if match is None:
+            return None
+        note_read(match.record, match.rev)
+        return cast(TDocument, match.document)
 
     async def exists(self, filters: Where) -> bool:
         """Is there a match? What `find_one` tells too, at a fraction of its cost where the match is cached.
@@ -225,14 +255,21 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         _require_filter(filters)
         return await self._read(self._reads.exists, filters)
 
-    async def greatest(self, filters: Where, field: str) -> Json:
+    async def greatest(self, filters: Where, field: str, *, anew: bool = False) -> Json:
         """The greatest value of a field among all matches; None where there is none.
+
+        Args:
+            anew: ask PocketBase, when the commit under way is decided: what follows from the answer then has the
+                best chance to be true still when it is committed.
 
         Raises:
             InvalidFilter: as `find`.
         """
         self._require_open()
         _require_filter(filters)
+        if anew:
+            await self._committer.settled(self._spec.name)
+            return await self._read(self._direct(self.reader).greatest, filters, field)
         return await self._read(self._reads.greatest, filters, field)
 
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
@@ -249,6 +286,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             specs.append(IndexSpec(tuple(columns), index.unique))
         await self._connection.schema.ensure_indexes(self._spec, specs)
 
+    @_counted
     async def insert_one(self, document: TDocument) -> InsertResult:
         """Insert a document. Returns when PocketBase has committed it; the caller's object is not kept.
 
@@ -258,38 +296,35 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             UniqueViolation: a unique index refuses it.
             OutcomeUnknown, PocketBaseUnavailable: see `Committer.write`.
         """
+        self._require_open()
         await self._insert(document)
         return InsertResult(acknowledged=True)
 
-    async def commit(self, operations: Sequence[Operation]) -> list[PBCachedError | None]:
-        """Commit operations in this order, as few commits as they fit into.
+    def fit(self, operations: Sequence[Operation]) -> int:
+        """How many of the first of these fit into one commit; one at least, where there is any."""
+        most = min(self._settings.max_commit_records, self._committer.path.max_operations)
+        left = min(self._settings.max_commit_bytes, self._committer.path.max_bytes)
+        for count, operation in enumerate(operations[:most]):
+            left -= operation.size
+            if left < 0 and count:
+                return count
+        return min(most, len(operations))
 
-        Returns:
-            For each of them why it failed, if it did: what `insert_one` would have raised.
+    @_counted
+    async def commit(self, operations: Sequence[Operation]) -> None:
+        """Commit operations, all of them or none. They fit into one commit.
+
+        Raises:
+            PBCachedError: as `insert_one`.
         """
         self._require_open()
-        submitted = []
-        refusal: PBCachedError | None = None
-        for operation in operations:
-            try:
-                await self._committer.room()
-                submitted.append(self._committer.submit(operation))
-            except PBCachedError as error:
-                refusal = error
-                break
-        errors: list[PBCachedError | None] = []
-        for operation, outcome in zip(operations, submitted, strict=False):
-            try:
-                (reply,) = await outcome
-                await self._checked(operation, reply)
-            except PBCachedError as error:
-                errors.append(error)
-            else:
-                errors.append(None)
-        return errors + [refusal] * (len(operations) - len(errors))
+        for operation, reply in zip(operations, await self._committer.write(*operations), strict=True):
+            await self._checked(operation, reply)
 
+    @_counted
     async def update_one(self, filters: Where, params: TDocument, upsert: bool = False) -> UpdateResult[TDocument]:
-        """Merge `params` into the first match: the fields that it names, and no others.
+        """Merge `params` into the first match: the fields that it names, and no others. Within a store's method,
+        only if the match is what the method has read.
 
         Args:
             upsert: insert `params`, which must then be a whole document, where nothing matches.
@@ -298,7 +333,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             The document as it was committed, other writers' changes to its other fields included.
 
         Raises:
-            As `insert_one`, and InvalidFilter.
+            As `insert_one`, InvalidFilter, and within a store's method StaleRead.
         """
         self._require_open()
         _require_filter(filters)
@@ -313,11 +348,15 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                     return UpdateResult(True, 0, 0, None)
                 inserted, reply = await self._insert(params)
                 return UpdateResult(True, 0, 0, cast(TDocument, self._left(inserted, reply)))
+            basis = built_on(match.record)
+            found = _state(match) if basis is None or not self._looks_before else await self._looked_at(match)
             with suppress(Overtaken):
-                updated = await self._changes.make(_state(match), since, matches, cast(dict[str, Any], params))
+                updated = await self._changes.make(found, since, matches, cast(dict[str, Any], params), basis)
+                note_written(match.record)
                 return UpdateResult(True, 1, 1, cast(TDocument, updated))
         raise StaleRevision(f"update in '{self._spec.name}': others were faster with every match", status=409)
 
+    @_counted
     async def delete_one(self, filters: Where) -> DeleteResult[TDocument]:
         """Delete the first match.
 
@@ -337,6 +376,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 return DeleteResult(True, 1, cast(TDocument, deleted))
         raise StaleRevision(f"delete in '{self._spec.name}': others were faster with every match", status=409)
 
+    @_counted
     async def delete_many(self, filters: Where) -> int:
         """Delete every match that is there now: read and deleted page by page, in as many commits as it takes, so
         there may be any number of them. A failure leaves the rest, and may be repeated.
@@ -409,7 +449,6 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
     # writing
 
     async def _insert(self, document: Mapping[str, Any]) -> tuple[Operation, Reply]:
-        self._require_open()
         _require_document(document)
         self.codec.require(document)
         operation = self.codec.insert(snapshot(document))
@@ -418,6 +457,11 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
     def _left(self, operation: Operation, reply: Reply) -> dict[str, Json]:
         """The document that an operation left."""
         return self.codec.document(self.codec.row(reply.record)) if reply.record else loads(operation.document)
+
+    async def _looked_at(self, match: Match) -> State:
+        """What PocketBase has of a match now; where it has nothing any more, what the match was."""
+        row = await self._record(match.record)
+        return _state(match) if row is None else State(row.id, row.rev, self.codec.document(row), row)
 
     async def _record(self, record_id: str) -> Row | None:
         """A record that others have changed, as it is now."""

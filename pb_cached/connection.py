@@ -49,6 +49,8 @@ class Connection:
             users: counts the databases that it is open for.
         """
         self.users = users
+        self.close_within: float | None = None
+        """Seconds that closing may still take; None for `close_timeout`."""
         self.opened: set[str] = set()
         self.client = client
         self.dialect = dialect
@@ -173,7 +175,9 @@ class Connection:
             task.cancel()  # those that are ready stay so; whoever waited for the others has left
         await asyncio.gather(*making, return_exceptions=True)
         ready = [task.result() for task in making if not _has_failed(task)]
-        outcomes = await asyncio.gather(*(committer.close() for committer in ready), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(committer.close(self.close_within) for committer in ready), return_exceptions=True
+        )
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome

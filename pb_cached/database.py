@@ -18,7 +18,7 @@ from parlant.core.persistence.document_database import (
 from pb_cached.cache.collection import Rule
 from pb_cached.cache.rules import PARLANT, indexed_fields, rule_for
 from pb_cached.collection import Caching, PocketBaseDocumentCollection
-from pb_cached.config import Config, checked_config, find_address
+from pb_cached.config import Config, WriteSettings, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
 from pb_cached.errors import (
     CollectionExists,
@@ -35,6 +35,7 @@ from pb_cached.pocketbase.schema import CollectionSpec, document_collection
 from pb_cached.stats import Stats
 from pb_cached.telemetry import Log, log_through
 from pb_cached.writes import Committer, log_of, shared_log, summary
+from pb_cached.writes.closing import Closing
 from pb_cached.writes.logs import FAILURES
 
 DEFAULT_PREFIX: Final = "parlant"
@@ -79,7 +80,9 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         self._prefix = collection_prefix or DEFAULT_PREFIX
         self._http = http_client
         self._log = log_through(logger, self._config.logging)
-        self._held_back: list[Callable[[], Awaitable[None]]] = []
+        self._flushed_first: list[Callable[[], Awaitable[None]]] = []
+        self.closing = Closing(self._config.writes.close_timeout)
+        """Shared by all that are closed together with this database."""
         self._entered = False
         self._exit_stack = AsyncExitStack()
         self._connection: Connection | None = None
@@ -117,34 +120,56 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Commit what is queued, then let go of the connection.
+        """Commit what was called before, then let go of the connection.
 
         Raises:
             NotCommitted: writes were left when `close_timeout` had passed.
         """
+        left: str | None = None
+        is_last = self._connection is not None and self._connection.users() == 1
         try:
-            await self._submit_held_back()
+            async with asyncio.timeout(self.closing.left()):
+                await self._flush_stores()
+                for collection in self._collections.values():
+                    collection.close()
+                await self._flush()
+        except TimeoutError:
+            left = self._left()
         finally:
             await self._close()
+        if left is not None:
+            raise NotCommitted(
+                f"closing took longer than {self.closing.timeout:g} s: {left}. "
+                + (
+                    "What of them was not sent is not written"
+                    if is_last
+                    else "They may yet be committed, as other databases keep the connection open"
+                )
+            )
+        self.closing.over()
+
+    def _left(self) -> str:
+        """The writes that are not decided."""
+        queued = sum(committer.undecided for committer in self._committers.values())
+        called = {name: collection.undecided for name, collection in self._collections.items()}
+        count = max(queued, sum(called.values()))  # those of callers who have left are queued at most
+        names = named([name for name, undecided in called.items() if undecided])
+        return f"{count} writes are still on their way" + (f" (to {names})" if names else "")
 
     async def _close(self) -> None:
-        self._held_back.clear()
+        self._flushed_first.clear()
         for collection in self._collections.values():
             collection.close()
         self._collections.clear()
         connection, self._connection = self._connection, None
         if connection and connection.users() == 1:
             self._warn_of_settings_without_effect(connection.opened)
+            connection.close_within = self.closing.left()  # and it accounts for what is left
+        self._committers.clear()
         try:
-            # The last one closes the committers themselves, which drains them and accounts for what is left.
-            if connection and connection.users() > 1:
-                await self._drain()
+            await self._exit_stack.aclose()
         finally:
-            self._committers.clear()
-            try:
-                await self._exit_stack.aclose()
-            finally:
-                self._entered = False
+            self._entered = False
 
     def _warn_of_settings_without_effect(self, opened: Collection[str]) -> None:
         """Those for collections that no database of the connection has opened. Any name may still come while it is
@@ -156,21 +181,14 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
                     "settings had no effect: no such collection was opened", key=key, collections=named(unknown)
                 )
 
-    async def _drain(self) -> None:
-        timeout = self._config.writes.close_timeout
-        try:
-            async with asyncio.timeout(timeout):
-                await self._flush()
-        except TimeoutError:
-            left = sum(committer.undecided for committer in self._committers.values())
-            raise NotCommitted(
-                f"closing took longer than {timeout:g} s: {left} writes are still on their way. "
-                "They may yet be committed, as other databases keep the connection open"
-            ) from None
-
     @property
     def log(self) -> Log:
         return self._log
+
+    @property
+    def writes(self) -> WriteSettings:
+        """How writes are committed, and how long they may take."""
+        return self._config.writes
 
     def stats(self) -> Stats:
         """What the cache holds and has done, over all and by collection, and what was committed. Costs next to
@@ -208,22 +226,23 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             await self._collections[name].warm()
 
     async def flush(self) -> None:
-        """Return when every write submitted so far is decided."""
+        """Return when every write called so far is decided: also those that wait for their turn, in a store or
+        behind another of the same record, or for room in the queue."""
         self._opened()
-        await self._submit_held_back()
+        await self._flush_stores()
         await self._flush()
 
     async def _flush(self) -> None:
+        await asyncio.gather(*(collection.flush() for collection in self._collections.values()))
         await asyncio.gather(*(committer.flush() for committer in self._committers.values()))
 
-    def write_first(self, held_back: Callable[[], Awaitable[None]]) -> None:
-        """Have `flush`, and closing, wait for this before anything else: it submits what a store has acknowledged
-        but not submitted yet."""
-        self._held_back.append(held_back)
+    def flush_first(self, flush: Callable[[], Awaitable[None]]) -> None:
+        """Have `flush`, and closing, wait for this before anything else: a store has writes that are not submitted
+        yet."""
+        self._flushed_first.append(flush)
 
-    async def _submit_held_back(self) -> None:
-        for submit in self._held_back:
-            await submit()
+    async def _flush_stores(self) -> None:
+        await asyncio.gather(*(flush() for flush in self._flushed_first))
 
     async def create_collection(self, name: str, schema: type[TDocument]) -> DocumentCollection[TDocument]:
         """Create a collection.
@@ -330,7 +349,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             connection,
             committer,
             self._caching(rule, log, committer),
-            self._config.writes.deadline,
+            self._config.writes,
             self._log,
         )
         if loader is not None:

@@ -46,6 +46,10 @@ class StaleRevision(RequestRejected):
     """A record was changed by others, again and again, while it was updated or deleted. Nothing was written."""
 
 
+class StaleRead(StaleRevision):
+    """A record was changed by others since that was read which its update follows from. Nothing was written."""
+
+
 class UniqueViolation(RequestRejected):
     """A unique index refused a document. `fields` names the columns that the index covers."""
 

@@ -742,6 +742,32 @@ async def test_flush_waits_for_every_write_that_was_submitted(
     assert len(await records.notes()) == 301
 
 
+async def test_flush_waits_for_every_write_that_was_called_wherever_it_waits(
+    through: Through, proxy: FaultProxy
+) -> None:
+    async with through(max_queued_records=2) as database:
+        notes = await open_notes(database)
+        await notes.insert_one(note("one"))
+        gate, _ = await blocked(proxy, notes)
+        waiting = await started(
+            notes.update_one(by_id("one"), Note(text="a")),
+            notes.update_one(by_id("one"), Note(text="b")),  # behind the other
+            notes.insert_one(note("for which there is no room")),
+            notes.update_one(by_id("none"), note("none"), upsert=True),
+            notes.delete_one(by_id("first")),
+        )
+        (flush,) = await started(database.flush())
+        later = await started(notes.insert_one(note("later")))
+        assert not flush.done()
+        gate.open()
+        await flush
+        assert all(write.done() for write in waiting)
+        await asyncio.gather(*waiting, *later)
+        found = await notes.find_one(by_id("one"))
+        assert found is not None
+        assert found["text"] == "b"
+
+
 async def test_flush_does_not_tell_whose_write_failed(
     notes: DocumentCollection[Note], database: PocketBaseDocumentDatabase, proxy: FaultProxy
 ) -> None:
@@ -800,19 +826,32 @@ async def test_who_finds_no_room_until_the_deadline_gets_an_error_and_nothing_is
     assert {"b", "c"}.isdisjoint(await records.notes())
 
 
-async def test_closing_tells_those_who_wait_for_room(
-    through: Through, proxy: FaultProxy, records: Records
-) -> None:
+async def test_closing_commits_what_waits_for_room(through: Through, proxy: FaultProxy, records: Records) -> None:
     database = await through(max_queued_records=1).__aenter__()
     notes = await open_notes(database)
     gate, first = await blocked(proxy, notes)
     (waiting,) = await started(notes.insert_one(note("late")))
     (closing,) = await started(database.__aexit__(None, None, None))
     gate.open()
-    await asyncio.gather(closing, first)
+    await asyncio.gather(closing, first, waiting)
+    assert list(await records.notes()) == ["first", "late"]
+
+
+async def test_closing_in_vain_tells_those_who_wait_for_room(
+    through: Through, proxy: FaultProxy, records: Records
+) -> None:
+    database = await through(max_queued_records=1, close_timeout=0.3).__aenter__()
+    notes = await open_notes(database)
+    gate, first = await blocked(proxy, notes)
+    (waiting,) = await started(notes.insert_one(note("late")))
+    with pytest.raises(NotCommitted, match="longer than"):
+        await database.__aexit__(None, None, None)
     with pytest.raises(NotCommitted):
         await waiting
-    assert list(await records.notes()) == ["first"]
+    await asyncio.wait([first])
+    gate.open()
+    await proxy.matching("POST", COMMIT)[0].finished.wait()
+    assert set(await records.notes()) <= {"first"}
 
 
 async def test_stats_tell_what_was_committed(
@@ -846,6 +885,29 @@ async def test_closing_commits_what_is_queued(through: Through, proxy: FaultProx
     await asyncio.gather(*queued)
     with pytest.raises(PBCachedError, match="closed"):
         await notes.insert_one(note("late"))
+
+
+async def test_closing_commits_what_waits_behind_another_change_of_its_record(
+    through: Through, proxy: FaultProxy, records: Records
+) -> None:
+    database = await through().__aenter__()
+    notes = await open_notes(database)
+    await notes.insert_one(note("one"))
+    await notes.insert_one(note("two"))
+    gate = Gate()
+    proxy.plan("POST", COMMIT, gate)
+    first = asyncio.create_task(notes.update_one(by_id("one"), Note(text="a")))
+    await gate.reached.wait()
+    waiting = await started(
+        notes.update_one(by_id("one"), Note(text="b")),
+        notes.delete_one(by_id("two")),
+        notes.update_one(by_id("none"), note("none"), upsert=True),
+    )
+    (closing,) = await started(database.__aexit__(None, None, None))
+    gate.open()
+    await closing
+    await asyncio.gather(first, *waiting)
+    assert set(await records.notes()) == {"one", "none"}
 
 
 async def test_closing_in_vain_says_what_was_not_committed(

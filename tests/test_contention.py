@@ -8,24 +8,31 @@ import gc
 import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import Any
+from typing import Any, Final, Literal
 
 import httpx
 import pytest
 import pytest_asyncio
 from parlant.core.agents import AgentId
+from parlant.core.context_variables import ContextVariableDocumentStore
 from parlant.core.customers import CustomerId
+from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import identity_loader_for
+from parlant.core.persistence.document_database_helper import MetadataDocument, load_metadata_document
 from parlant.core.sessions import EventKind, EventSource, Session, _EventDocument
+from parlant.core.tags import TagId
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
-from pb_cached.config import CoherenceSettings, StoreSettings
+from pb_cached.config import CoherenceSettings, PocketBaseSettings, StoreSettings
 from pb_cached.stores import Stores
 from tests import appender
 from tests.appender import Appender
 from tests.audit import require_whole_commits
 from tests.conftest import EXCLUSIVE
-from tests.faults import FaultProxy, Gate
+from tests.faults import EVERY, FaultProxy, Gate, Valve
+
+OFF: Final = CoherenceSettings(mode="off")
+EVERY_READ: Final = Config(coherence=OFF)
 
 
 def commits(proxy: FaultProxy) -> int:
@@ -45,11 +52,13 @@ async def open_server(proxy: FaultProxy, pocketbase: PocketBaseServer, prefix: s
     """Opens the stores as one more server does: with a connection, a queue and a cache of its own."""
     async with AsyncExitStack() as stack:
 
-        def open_them(coherence: CoherenceSettings = EXCLUSIVE) -> AbstractAsyncContextManager[Stores]:
+        def open_them(
+            coherence: CoherenceSettings = EXCLUSIVE, **sections: Any
+        ) -> AbstractAsyncContextManager[Stores]:
             http = httpx.AsyncClient(timeout=30)
             stack.push_async_callback(http.aclose)
             return open_stores(
-                Config(stores=prefixes(prefix), coherence=coherence),
+                Config(stores=prefixes(prefix), coherence=coherence, **sections),
                 connection_params=pocketbase.connection_params | {"url": proxy.url},
                 http_client=http,
             )
@@ -168,6 +177,150 @@ async def test_a_value_that_two_servers_set_at_once_is_one_value(open_server: Op
         )
         ((key, _),) = await one.variable_store.list_values(variable.id)
         assert key == "ida"
+
+
+@pytest.mark.parametrize("mode", ["off", "realtime"])
+async def test_what_servers_add_to_one_column_at_once_is_all_there(
+    open_server: OpenServer, mode: Literal["off", "realtime"]
+) -> None:
+    """Parlant reads the column, and writes all of it."""
+    of = CoherenceSettings(mode=mode)
+    async with open_server(of) as one, open_server(of) as other, open_server(OFF) as reader:
+        session = await begin(one)
+        customer = await one.customer_store.create_customer("ida")
+        for server in (one, other):  # both have it in their caches
+            await server.session_store.read_session(session.id)
+            await server.customer_store.read_customer(customer.id)
+        names = [f"{at}{n}" for n in range(5) for at in "ab"]
+        servers = dict(zip(names, itertools.cycle((one, other)), strict=False))
+        await asyncio.gather(
+            *(server.session_store.set_metadata(session.id, name, name) for name, server in servers.items()),
+            *(server.session_store.upsert_labels(session.id, {name}) for name, server in servers.items()),
+            *(server.customer_store.upsert_extra(customer.id, {name: name}) for name, server in servers.items()),
+        )
+        written = await reader.session_store.read_session(session.id)
+        assert sorted(written.metadata) == sorted(written.labels) == sorted(names)
+        assert sorted((await reader.customer_store.read_customer(customer.id)).extra) == sorted(names)
+        await asyncio.gather(
+            *(server.session_store.unset_metadata(session.id, name) for name, server in servers.items()),
+            *(server.session_store.remove_labels(session.id, {name}) for name, server in servers.items()),
+            *(server.customer_store.remove_extra(customer.id, [name]) for name, server in servers.items()),
+        )
+        written = await reader.session_store.read_session(session.id)
+        assert not written.metadata
+        assert not written.labels
+        assert not (await reader.customer_store.read_customer(customer.id)).extra
+
+
+async def test_what_a_person_changes_between_a_methods_reading_and_its_commit_is_kept(
+    open_server: OpenServer, pocketbase: PocketBaseServer, proxy: FaultProxy, prefix: str
+) -> None:
+    collection = f"/api/collections/{prefix}_sessions_sessions/records"
+    token = {"Authorization": pocketbase.connection_params["admin_token"]}
+    async with (
+        open_server() as stores,
+        httpx.AsyncClient(base_url=pocketbase.url, headers=token, timeout=30) as dashboard,
+    ):
+        session = await begin(stores)
+        await stores.session_store.set_metadata(session.id, "first", 1)
+        (record,) = (await dashboard.get(collection)).json()["items"]
+        gate = Gate()
+        proxy.plan("POST", f"/api/collections/{prefix}_sessions_sessions_log/records?fields", gate)
+        setting = asyncio.create_task(stores.session_store.set_metadata(session.id, "ours", 2))
+        await gate.reached.wait()
+        edited = record | {"metadata": record["metadata"].replace("1", "1000")}
+        (await dashboard.patch(f"{collection}/{record['id']}", json=edited)).raise_for_status()
+        gate.open()
+        assert dict((await setting).metadata) == {"first": 1000, "ours": 2}
+
+
+async def test_whole_values_that_servers_set_at_once_do_not_fail_and_one_of_them_is_last(
+    open_server: OpenServer,
+) -> None:
+    async with open_server(OFF) as one, open_server(OFF) as other:
+        session = await begin(one)
+        await asyncio.gather(
+            *(
+                server.session_store.update_session(session.id, {"title": f"{n}", "metadata": {"n": n}})
+                for n in range(5)
+                for server in (one, other)
+            )
+        )
+        last = await one.session_store.read_session(session.id)
+        assert last.metadata == {"n": int(last.title or "")}
+
+
+async def test_without_comparison_an_update_still_contains_what_was_acknowledged_before_it(
+    open_server: OpenServer, proxy: FaultProxy
+) -> None:
+    """Also where the cache has not heard of it yet."""
+    by_batch = PocketBaseSettings(commit="batch")
+    async with open_server(OFF, pocketbase=by_batch) as other:
+        session = await begin(other)
+        valve = Valve()
+        proxy.plan("GET", "/api/realtime", valve, at=EVERY)
+        async with open_server(CoherenceSettings(mode="realtime"), pocketbase=by_batch) as server:
+            await server.session_store.read_session(session.id)
+            valve.is_shut = True
+            await other.session_store.set_metadata(session.id, "other", 1)
+            assert not (await server.session_store.read_session(session.id)).metadata, "the cache has heard of it"
+            written = await server.session_store.set_metadata(session.id, "own", 2)
+            assert dict(written.metadata) == {"other": 1, "own": 2}
+
+
+@pytest.mark.parametrize("commit", ["log", "batch"])
+async def test_servers_that_open_a_fresh_store_at_once_tell_its_version_once(
+    open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str, commit: Literal["log", "batch"]
+) -> None:
+    async def serve() -> None:
+        async with open_server(OFF, pocketbase=PocketBaseSettings(commit=commit)):
+            pass
+
+    await asyncio.gather(*(serve() for _ in range(3)))
+    for store in ("sessions", "customers", "variables"):
+        async with PocketBaseDocumentDatabase(
+            None, pocketbase.connection_params, collection_prefix=f"{prefix}_{store}", config=EVERY_READ
+        ) as database:
+            metadata = await database.get_or_create_collection(
+                "metadata", MetadataDocument, load_metadata_document
+            )
+            assert (await metadata.find({})).total_count == 1
+
+
+async def test_several_metadata_documents_that_are_there_already_are_no_reason_to_stop(
+    open_server: OpenServer,
+    pocketbase: PocketBaseServer,
+    prefix: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As servers of an older version left them."""
+    async with PocketBaseDocumentDatabase(
+        None, pocketbase.connection_params, collection_prefix=f"{prefix}_variables", config=EVERY_READ
+    ) as database:
+        metadata = await database.get_or_create_collection("metadata", MetadataDocument, load_metadata_document)
+        version = ContextVariableDocumentStore.VERSION.to_string()
+        for id_ in ("a", "b"):
+            await metadata.insert_one({"id": ObjectId(id_), "creation_utc": "2026", "version": version})
+    async with open_server() as stores:
+        assert (await stores.variable_store.create_variable("plan")).name == "plan"
+    assert "several metadata documents" in capsys.readouterr().err
+
+
+async def test_a_variable_that_servers_define_at_once_is_one_variable_with_each_tag_once(
+    open_server: OpenServer,
+) -> None:
+    async with open_server(OFF) as one, open_server(OFF) as other:
+        for n in range(3):
+            defined = await asyncio.gather(
+                *(
+                    server.variable_store.create_variable(f"plan {n}", tags=[TagId("vip"), TagId("new")])
+                    for server in (one, other)
+                )
+            )
+            assert defined[0].id == defined[1].id
+        variables = await one.variable_store.list_variables()
+        assert sorted(variable.name for variable in variables) == ["plan 0", "plan 1", "plan 2"]
+        assert all(sorted(variable.tags) == ["new", "vip"] for variable in variables)
 
 
 async def test_events_that_share_an_offset_already_are_no_reason_to_stop(

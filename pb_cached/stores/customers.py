@@ -49,6 +49,7 @@ class PocketBaseCustomerStore(HoldsItsWrites, CustomerDocumentStore):
     async def __aenter__(self) -> Self:
         async with versions_told(self, self._database):
             await super().__aenter__()
+        self._belong_to(self._database)
         return self
 
     @held("id")

@@ -32,8 +32,8 @@ from pb_cached.errors import PBCachedError
 from pb_cached.telemetry import Log
 
 LATE_SECONDS = 120.0
-"""Longer than a write takes: it waits for room in the queue and for its commit, half a minute each at most by
-default."""
+"""Longer than a write takes: it waits for its turn, for room in the queue and for its commit, half a minute each
+at most by default."""
 SWEEP_SECONDS = 60.0
 """Between two looks at the notes, while there are any."""
 NOTES_AT_ONCE: Final = 100

@@ -9,7 +9,8 @@ would then give up their lock while the write is still on its way to PocketBase,
 state from before it: two events with one offset. So each write of ours runs in a task of its own, which keeps its
 turn until the write is decided; a cancelled caller only stops waiting for it.
 
-Between servers a unique index decides: who comes too late reads again, and writes what follows from that.
+Between servers a unique index decides, and the revision of what a method has read: who comes too late reads again,
+and writes what follows from that. An update so contains whatever the others have written meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import asyncio
 import contextlib
 import copy
 import inspect
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from datetime import datetime
@@ -26,13 +28,24 @@ from functools import wraps
 from typing import Any, Final, TypeVar, cast
 from weakref import WeakValueDictionary
 
+import msgspec
 import tenacity
 
-from pb_cached.errors import UniqueViolation
-from pb_cached.exact import copied
+from pb_cached.config import WriteSettings
+from pb_cached.database import PocketBaseDocumentDatabase
+from pb_cached.errors import NotCommitted, QueueFull, StaleRead, UniqueViolation
+from pb_cached.exact import copied, dumps
+from pb_cached.writes.basis import built_on_what_it_reads
+from pb_cached.writes.closing import Closing
+from pb_cached.writes.room import Room
 
 RETRY_SECONDS: Final = 30.0
 """How long a write is tried again that other servers were faster than, each time with what they left."""
+RETRY_AFTER: Final = 0.005
+"""Seconds, at most, before that. They do not grow: who waits for longer than others write is always too late."""
+
+TOO_LATE: Final = (UniqueViolation, StaleRead)
+"""What other servers' writes make of one that rests on the state from before them."""
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 T = TypeVar("T")
@@ -45,12 +58,17 @@ _holder: ContextVar[object | None] = ContextVar("pb_cached_holder", default=None
 class HoldsItsWrites:
     """A store whose writes outlive their callers, and are waited for when the store closes.
 
-    Mutable state: `_writes`, the tasks under way; `_turns`, the locks that somebody has or waits for.
+    Mutable state: `_writes`, the tasks under way; `_turns`, the locks that somebody has or waits for; `_room`, for
+    all that is not decided.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lock: Any = _NoLock()  # Parlant's own, over the whole store
+        database = getattr(self, "_database", None)
+        self._limits = database.writes if isinstance(database, PocketBaseDocumentDatabase) else WriteSettings()
+        self._room = Room(self._limits)
+        self._closing = Closing(self._limits.close_timeout)
         self._writes: set[asyncio.Task[Any]] = set()
         self._turns: WeakValueDictionary[tuple[str, ...], asyncio.Lock] = WeakValueDictionary()
 
@@ -60,8 +78,32 @@ class HoldsItsWrites:
         exc_value: BaseException | None,
         traceback: object | None,
     ) -> None:
-        while self._writes:
-            await asyncio.wait(self._writes)
+        """Wait until all writes are decided.
+
+        Raises:
+            NotCommitted: some were not when `close_timeout` had passed.
+        """
+        try:
+            async with asyncio.timeout(self._closing.left()):
+                while self._writes:
+                    await asyncio.wait(self._writes)
+        except TimeoutError:
+            raise NotCommitted(
+                f"closing the {type(self).__name__} took longer than {self._closing.timeout:g} s: "
+                f"{self._room.records} of its writes are not decided. Each of their callers is told"
+            ) from None
+        self._closing.over()
+
+    async def flush(self) -> None:
+        """Return when every write called so far is decided."""
+        if writes := set(self._writes):
+            await asyncio.wait(writes)
+
+    def _belong_to(self, database: object) -> None:
+        """This database's flush is to wait for the writes here, and they close together."""
+        if isinstance(database, PocketBaseDocumentDatabase):
+            self._closing = database.closing
+            database.flush_first(self.flush)
 
     def _hold(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do this work in a task that outlives whoever has asked for it."""
@@ -71,18 +113,59 @@ class HoldsItsWrites:
         return task
 
     @contextlib.asynccontextmanager
-    async def _in_turn(self, *of: object) -> AsyncIterator[None]:
+    async def _with_room(self, size: int) -> AsyncIterator[float]:
+        """A place among the writes that are not decided. Gives the moment until which the turn must come.
+
+        Raises:
+            QueueFull: there was no room until then.
+        """
+        until = time.monotonic() + self._limits.deadline
+        if self._room.is_full:
+            await self._room.wait_and_enter(size, until)
+        else:
+            self._room.enter(size)
+        try:
+            yield until
+        finally:
+            self._room.leave(size)
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self, *of: object, until: float | None = None) -> AsyncIterator[None]:
         """The turn of whatever has these names; without any, nobody's. Within it, methods that are held by the
-        same are a part of it. To be used in a task of its own."""
+        same are a part of it. To be used in a task of its own.
+
+        Args:
+            until: when it is too late, by the monotonic clock; None for a deadline from now on.
+
+        Raises:
+            QueueFull: the turn did not come until then.
+        """
         _holder.set(self)
-        async with self._turn(tuple(map(str, of))) if of else contextlib.nullcontext():
+        async with self._turn(tuple(map(str, of)), until) if of else contextlib.nullcontext():
             yield
 
-    def _turn(self, of: tuple[str, ...]) -> asyncio.Lock:
+    @contextlib.asynccontextmanager
+    async def _turn(self, of: tuple[str, ...], until: float | None = None) -> AsyncIterator[None]:
         lock = self._turns.get(of)
-        if lock is None:
+        if lock is None:  # nobody has it, or waits for it
             lock = self._turns[of] = asyncio.Lock()
-        return lock
+            await lock.acquire()
+        else:
+            await self._await_turn(lock, until)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    async def _await_turn(self, lock: asyncio.Lock, until: float | None) -> None:
+        try:
+            async with asyncio.timeout(self._limits.deadline if until is None else until - time.monotonic()):
+                await lock.acquire()
+        except TimeoutError:
+            raise QueueFull(
+                f"{type(self).__name__}: the writes before this one took longer than {self._limits.deadline:g} s "
+                "(deadline under [writes]); nothing of it was written"
+            ) from None
 
 
 def held(*by: str) -> Callable[[Method], Method]:
@@ -112,12 +195,17 @@ def held(*by: str) -> Callable[[Method], Method]:
             args = tuple(map(_own, args))
             kwargs = {name: _own(value) for name, value in kwargs.items()}
 
+            async def attempt() -> Any:
+                with built_on_what_it_reads():
+                    return await method(self, *args, **kwargs)
+
             async def hold() -> Any:
-                async with self._in_turn(*named_by(args, kwargs)):
+                size = sum(map(_size, (*args, *kwargs.values())))
+                async with self._with_room(size) as until, self._in_turn(*named_by(args, kwargs), until=until):
                     try:
-                        return await method(self, *args, **kwargs)
-                    except UniqueViolation:  # seldom: what retries costs as much as a write
-                        return await attempts()(method, self, *args, **kwargs)
+                        return await attempt()
+                    except TOO_LATE:  # seldom: what retries costs as much as a write
+                        return await attempts()(attempt)
 
             return await asyncio.shield(self._hold(hold()))
 
@@ -139,11 +227,19 @@ def _own(value: Any) -> Any:
     return value
 
 
+def _size(value: Any) -> int:
+    """About how many bytes it takes."""
+    if isinstance(value, dict | list):
+        with contextlib.suppress(TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+            return len(dumps(value))
+    return len(value) if isinstance(value, str) else 0
+
+
 def attempts() -> tenacity.AsyncRetrying:
-    """Tries again what a unique index of other servers' writes has refused."""
+    """Tries again what came too late for other servers' writes."""
     return tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(UniqueViolation),
-        wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.25),
+        retry=tenacity.retry_if_exception_type(TOO_LATE),
+        wait=tenacity.wait_random(0, RETRY_AFTER),
         stop=tenacity.stop_after_delay(RETRY_SECONDS),
         reraise=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from typing_extensions import override
 from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import STREAMING_INTERVAL
 from pb_cached.database import PocketBaseDocumentDatabase
-from pb_cached.errors import ConfigError, NotCommitted, OutcomeUnknown, PBCachedError, named
+from pb_cached.errors import ConfigError, NotCommitted, OutcomeUnknown, PBCachedError, QueueFull, named
 from pb_cached.exact import dumps, loads
 from pb_cached.pocketbase.codec import snapshot
 from pb_cached.stores.appends import Appends, Draft
@@ -77,7 +78,13 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         self._log = database.log
         self._home = database
         self._held_back = HeldBack(streaming_interval, self._begin_to_write)
-        self._appends = Appends(lambda: self._events, self._serialize_event, self._begin_to_append)
+        self._appends = Appends(
+            lambda: self._events,
+            self._serialize_event,
+            self._begin_to_append,
+            self._room,
+            self._limits.deadline,
+        )
         self._deletions: Deletions
 
     create_session = held()(SessionDocumentStore.create_session)
@@ -95,7 +102,7 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         await self._events.ensure_indexes([OFFSETS])
         self._deletions = Deletions(self._sessions, self._events, self._log)
         await self._deletions.open(self._home)
-        self._home.write_first(self.flush)
+        self._belong_to(self._home)
         return self
 
     @override
@@ -110,10 +117,15 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         Raises:
             NotCommitted: that could not be done.
         """
-        await super().__aexit__(exc_type, exc_value, traceback)
-        await self._deletions.close()
-        await self.flush()
-        if lost := self._held_back.let_all_go():
+        try:
+            await super().__aexit__(exc_type, exc_value, traceback)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._closing.left()):
+                    await self.flush()
+        finally:
+            await self._deletions.close()
+            lost = self._held_back.let_all_go()
+        if lost:
             raise NotCommitted(
                 f"the last chunks of {len(lost)} streamed messages could not be written, as the log says: "
                 f"events {named([event for _, event in lost])}"
@@ -127,9 +139,12 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
     def _events(self) -> PocketBaseDocumentCollection[Any]:
         return cast(PocketBaseDocumentCollection[Any], self._event_collection)
 
+    @override
     async def flush(self) -> None:
-        """Write what is held back of streamed messages. That it cannot be written is logged."""
-        await asyncio.gather(*(self._write_held_back(*place) for place in self._held_back.places()))
+        """Return when every write called so far is decided, and what is held back of streamed messages is written.
+        That it cannot be written is logged."""
+        await super().flush()
+        await asyncio.gather(*map(self._write_or_hold_on, self._held_back.places()))
 
     # who waits for changes
 
@@ -179,6 +194,7 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         Raises:
             ItemNotFoundError: there is no such session.
             InvalidDocument: the data is no JSON. Nothing was written.
+            QueueFull: the session's writes before it, or those of all sessions, took longer than the deadline.
             PBCachedError: as `insert_one`.
         """
         draft = Draft(
@@ -188,8 +204,13 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
             snapshot(data, "$.data"),  # the caller may change it before its turn has come
             snapshot(metadata, "$.metadata"),
             creation_utc or datetime.now(UTC),
+            self._limits.deadline,
         )
-        return await self._appends.add(session_id, draft)
+        if self._room.is_full:
+            await asyncio.shield(self._hold(self._appends.wait_and_add(session_id, draft)))
+        else:
+            self._appends.add(session_id, draft)
+        return await draft.outcome
 
     def _begin_to_append(self, session_id: SessionId) -> None:
         self._hold(self._append(session_id))
@@ -201,8 +222,16 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
             if not await self._sessions.exists({"id": {"$eq": session_id}}):
                 raise ItemNotFoundError(item_id=UniqueId(session_id), message="Session not found")
 
-        async with self._in_turn(session_id):
-            await self._appends.append(session_id, prepare)
+        until: float | None = None
+        while True:
+            try:
+                async with self._in_turn(session_id, until=until):
+                    await self._appends.append(session_id, prepare)
+                    return
+            except QueueFull:  # of the turn: all that `append` meets it tells those who wait
+                until = self._appends.give_up(session_id)
+                if until is None:
+                    return
 
     @_of_session
     async def update_event(self, session_id: SessionId, event_id: EventId, params: EventUpdateParams) -> Event:
@@ -257,7 +286,14 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         return [self._held_back.laid_over(event) for event in events]
 
     def _begin_to_write(self, place: Place) -> None:
-        self._hold(self._write_held_back(*place))
+        self._hold(self._write_or_hold_on(place))
+
+    async def _write_or_hold_on(self, place: Place) -> None:
+        try:
+            await self._write_held_back(*place)
+        except QueueFull:  # the turn did not come
+            if self._held_back.data(place[1]) is not None:
+                self._held_back.failed(place[1])
 
     @_of_session
     async def _write_held_back(self, session_id: SessionId, event_id: EventId) -> None:

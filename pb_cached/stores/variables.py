@@ -20,10 +20,13 @@ from typing_extensions import override
 
 from pb_cached.stores.held import HoldsItsWrites, held
 from pb_cached.stores.ids import UniqueIds
-from pb_cached.stores.versions import versions_told
+from pb_cached.stores.versions import IDS, versions_told
 
 VALUES: Final = CollectionIndex(
     fields=(("variable_id", SortDirection.ASC), ("key", SortDirection.ASC)), unique=True
+)
+TAGS: Final = CollectionIndex(
+    fields=(("variable_id", SortDirection.ASC), ("tag_id", SortDirection.ASC)), unique=True
 )
 _of_variable = held("variable_id")
 _of_value = held("variable_id", "key")
@@ -33,8 +36,8 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
     """Context variables, their tags and their values.
 
     A script that defines its variables at each start gets the stored ones back, with their values: Parlant's ids
-    follow from the definition. Two equal definitions in one run are still two variables, in the same order after a
-    restart.
+    follow from the definition. Servers that define the same at once define it once. Two equal definitions in one
+    run are still two variables, in the same order after a restart.
 
     Mutable state: `_defined`, the ids of the variables that were defined since the store was made.
     """
@@ -55,6 +58,9 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
         async with versions_told(self, self._database):
             await super().__aenter__()
         await self._value_collection.ensure_indexes([VALUES])
+        await self._variable_collection.ensure_indexes([IDS])
+        await self._variable_tag_association_collection.ensure_indexes([TAGS])
+        self._belong_to(self._database)
         return self
 
     @held()

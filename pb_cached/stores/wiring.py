@@ -211,6 +211,8 @@ async def open_stores(
             await database(of.customer_prefix),
             await database(of.variable_prefix),
         )
+        for other in databases[1:]:
+            other.closing = databases[0].closing  # all of them are closed together
         sessions = PocketBaseSessionStore(databases[0], of.migrate, streaming_interval=of.streaming_interval)
         customers = PocketBaseCustomerStore(databases[1], of.migrate, ids=of.customer_ids)
         variables = PocketBaseContextVariableStore(databases[2], of.migrate)

@@ -3,7 +3,7 @@
 A change is built on the state that the one before it left, so nobody's update rests on a state that it has not
 seen: not of this process, whose changes of a record go one after the other, and not of others where the commit
 path compares revisions. A change whose record does not match any more, or is gone, is `Overtaken`: its caller
-looks for another match.
+looks for another match. One that follows from a revision which the record does not have any more is a `StaleRead`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pb_cached.errors import (
     InvalidDocument,
     RecordNotFound,
     RequestRejected,
+    StaleRead,
     StaleRevision,
 )
 from pb_cached.exact import Json, dumps, loads
@@ -32,7 +33,8 @@ from pb_cached.pocketbase.commit import Operation, Reply
 REMEMBERED: Final = 10_000
 """Records of which it is known when they were changed last."""
 _WAIT: Final = 0.005
-_LONGEST_WAIT: Final = 0.25
+"""Seconds, at most, before a change that another server overtook is tried again. It does not grow: who waits for
+longer than the others write is overtaken for ever."""
 
 Document = dict[str, Json]
 
@@ -56,20 +58,21 @@ class State:
 class _Change:
     """What one caller wants. `params` None: to delete the record."""
 
-    __slots__ = ("matches", "outcome", "params")
+    __slots__ = ("built_on", "matches", "outcome", "params")
 
-    def __init__(self, matches: Predicate, params: Document | None) -> None:
+    def __init__(self, matches: Predicate, params: Document | None, built_on: int | None) -> None:
         self.matches = matches
         self.params = params
+        self.built_on = built_on
         self.outcome: asyncio.Future[Document] = asyncio.get_running_loop().create_future()
 
 
 class RecordChanges:
     """The changes of one collection's records by this process.
 
-    Mutable state, changed between awaits only: `_waiting`, the changes of a record that wait for the one under
-    way; there is an entry exactly while a task sees to that record. `_clock` counts the changes that were decided,
-    and `_changed` tells for each record which was its last.
+    Mutable state, changed between awaits only: `_waiting`, the changes of a record that wait for those under way;
+    there is an entry exactly while a task sees to that record, and then `_deciding` holds those. `_clock` counts
+    the changes that were decided, and `_changed` tells for each record which was its last.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class RecordChanges:
         self._apply = apply
         self._patience = patience
         self._waiting: dict[str, list[_Change]] = {}
+        self._deciding: dict[str, list[_Change]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock = 0
         self._changed: LRUCache[str, int] = LRUCache(REMEMBERED)
@@ -98,23 +102,32 @@ class RecordChanges:
         """A moment. What was read after it shows every change that was decided before it."""
         return self._clock
 
-    async def make(self, found: State, since: int, matches: Predicate, params: Document | None) -> Document:
+    async def make(
+        self,
+        found: State,
+        since: int,
+        matches: Predicate,
+        params: Document | None,
+        built_on: int | None = None,
+    ) -> Document:
         """Update a record, or delete it, if it still matches then. Cancelling the caller takes nothing back.
 
         Args:
             found: what was read of it.
             since: `now`, before that was read.
             params: the fields to change, a snapshot; None to delete the record.
+            built_on: the revision that they follow from; None where they follow from none.
 
         Returns:
             The document that it left, or that was deleted: the caller's own.
 
         Raises:
             Overtaken: nothing was written. Look for another match.
+            StaleRead: likewise, as the record is not of the revision any more that this is built on.
             StaleRevision: others changed it again and again.
             PBCachedError: as `Committer.write`.
         """
-        change = _Change(matches, params)
+        change = _Change(matches, params, built_on)
         waiting = self._waiting.get(found.record)
         if waiting is not None:
             waiting.append(change)
@@ -127,17 +140,25 @@ class RecordChanges:
             task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(change.outcome)
 
+    async def flush(self) -> None:
+        """Return when every change made so far is decided, also those whose callers have left."""
+        changes = [*self._waiting.values(), *self._deciding.values()]
+        if outcomes := [change.outcome for some in changes for change in some if not change.outcome.done()]:
+            await asyncio.wait(outcomes)
+
     async def _take_turns(self, state: State) -> None:
         record = state.record
         known: State | None = state
         try:
             while changes := self._waiting[record]:
                 self._waiting[record] = []
+                self._deciding[record] = changes
                 known = await self._decide(known, changes)
                 self._clock += 1
                 self._changed[record] = self._clock
         finally:
             del self._waiting[record]
+            self._deciding.pop(record, None)
 
     async def _decide(self, state: State | None, changes: Sequence[_Change]) -> State | None:
         """Decide every one of these changes. What the record is afterwards; None where it is gone, or unknown."""
@@ -156,7 +177,6 @@ class RecordChanges:
 
     async def _together(self, state: State | None, changes: Sequence[_Change]) -> State | None:
         end = time.monotonic() + self._patience
-        wait = _WAIT
         while True:
             accepted, left = self._fold(state, changes)
             if state is None or not accepted:
@@ -173,8 +193,7 @@ class RecordChanges:
             except StaleRevision:
                 if time.monotonic() > end:
                     raise
-                await asyncio.sleep(random.uniform(0, wait))
-                wait = min(2 * wait, _LONGEST_WAIT)
+                await asyncio.sleep(random.uniform(0, _WAIT))
                 state = await self._again(record)
             except (RequestRejected, DocumentTooLarge, InvalidDocument):
                 # Who is to blame? Other errors blame nobody, and what may have been applied is not tried again.
@@ -187,7 +206,10 @@ class RecordChanges:
     def _fold(
         self, state: State | None, changes: Sequence[_Change]
     ) -> tuple[list[tuple[_Change, Document]], Document | None]:
-        """The changes that can be made, each with what it leaves (or deletes), and what all of them leave."""
+        """The changes that can be made, each with what it leaves (or deletes), and what all of them leave.
+
+        What is built on a revision has not seen what stands before it here either.
+        """
         document = None if state is None else state.document
         accepted: list[tuple[_Change, Document]] = []
         for change in changes:
@@ -195,6 +217,8 @@ class RecordChanges:
                 continue
             if document is None or not change.matches(document):
                 fail(change.outcome, Overtaken())
+            elif change.built_on is not None and (accepted or state is None or change.built_on != state.rev):
+                fail(change.outcome, self._stale_read())
             elif change.params is None:
                 accepted.append((change, document))
                 document = None
@@ -230,6 +254,13 @@ class RecordChanges:
         last, document = accepted[-1]
         succeed(last.outcome, _own(document if state is None else state.document))
         return state
+
+    def _stale_read(self) -> StaleRead:
+        return StaleRead(
+            f"update in '{self._codec.collection}': others have changed the record since it was read; "
+            "nothing was written",
+            status=409,
+        )
 
     async def _again(self, record: str) -> State | None:
         row = await self._read(record)

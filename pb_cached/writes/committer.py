@@ -227,20 +227,24 @@ class Committer:
             ]
         )
 
-    async def close(self) -> None:
+    async def close(self, within: float | None = None) -> None:
         """Take no more writes, and commit those that are queued.
+
+        Args:
+            within: seconds that are left of `close_timeout`; None for all of it.
 
         Raises:
             NotCommitted: some were not committed within `close_timeout`; names their number and collections.
         """
+        timeout = self._settings.close_timeout if within is None else within
         self._closed = True
         self._admit()
         if self._trimming is not None:
-            await asyncio.wait([self._trimming], timeout=self._settings.close_timeout)
+            await asyncio.wait([self._trimming], timeout=timeout)
             self._trimming.cancel()
         if self._task is None:
             return
-        done, _ = await asyncio.wait([self._task], timeout=self._settings.close_timeout)
+        done, _ = await asyncio.wait([self._task], timeout=timeout)
         if done:
             return
         unsent, sent = list(self._queue), list(self._current)

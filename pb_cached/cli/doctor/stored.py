@@ -40,8 +40,8 @@ from pb_cached.pocketbase.schema import (
 )
 from pb_cached.pocketbase.sql import Sql
 from pb_cached.stores.sessions import OFFSETS
-from pb_cached.stores.variables import VALUES
-from pb_cached.stores.versions import METADATA
+from pb_cached.stores.variables import TAGS, VALUES
+from pb_cached.stores.versions import IDS, METADATA
 from pb_cached.telemetry import Log
 from pb_cached.writes import shared_log
 from pb_cached.writes.logs import FAILURES
@@ -272,6 +272,8 @@ class Stored:
         for collection, index in (
             (f"{of.session_prefix}_events", OFFSETS),
             (f"{of.variable_prefix}_values", VALUES),
+            (f"{of.variable_prefix}_variables", IDS),
+            (f"{of.variable_prefix}_variable_tag_associations", TAGS),
         ):
             listed = self._listed.get(collection)
             spec = _spec(index)
@@ -362,7 +364,8 @@ def _listed(
 
 
 def _spec(index: CollectionIndex) -> IndexSpec:
-    return IndexSpec(tuple((column_name(field), False) for field, _ in index.fields), unique=True)
+    columns = ("doc_id" if field == "id" else column_name(field) for field, _ in index.fields)
+    return IndexSpec(tuple((column, False) for column in columns), unique=True)
 
 
 def _literal(value: str) -> str:
