@@ -45,8 +45,8 @@ from pb_cached.pocketbase.commit.interface import (
     TooLarge,
     Unexplained,
     left,
-    records_path,
 )
+from pb_cached.pocketbase.commit.looks import multi_gets
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.commit.triggers import CommitLayout
 from pb_cached.pocketbase.commit.uniques import violations
@@ -56,7 +56,6 @@ from pb_cached.pocketbase.sql import Sql
 
 _FIELDS: Final = "?fields=id,stale"
 """All that we want to see of what we have sent. A log without the last of them has no triggers yet."""
-_IDS_PER_FILTER: Final = 100
 _SECTIONS: Final = {"POST": b"c", "PATCH": b"u", "DELETE": b"d"}
 
 
@@ -89,6 +88,7 @@ class _Result(Struct):
 _created: Final = msgspec.json.Decoder(_Created)
 _fields: Final = msgspec.json.Decoder(_Fields)
 _results: Final = msgspec.json.Decoder(list[_Result])
+_rows: Final = msgspec.json.Decoder(_Rows)
 
 
 class LogPath:
@@ -287,18 +287,8 @@ class LogPath:
         return blamed
 
     async def _revs(self, collection: str, record_ids: Sequence[str]) -> dict[str, int]:
-        revs: dict[str, int] = {}
-        for start in range(0, len(record_ids), _IDS_PER_FILTER):
-            some = record_ids[start : start + _IDS_PER_FILTER]
-            params: dict[str, str | int] = {
-                "filter": " || ".join(f"id = '{id_}'" for id_ in some),
-                "fields": "id,rev",
-                "perPage": len(some),
-                "skipTotal": 1,
-            }
-            content = await self._client.call("GET", records_path(collection), params=params)
-            revs |= {row.id: row.rev for row in msgspec.json.decode(content, type=_Rows).items}
-        return revs
+        contents = await multi_gets(self._client, collection, record_ids, ("id", "rev"))
+        return {row.id: row.rev for content in contents for row in _rows.decode(content).items}
 
     async def _unexplained(self, answer: Answer, operations: Sequence[Operation]) -> Exception:
         codes = _codes(answer)
