@@ -25,6 +25,7 @@ from pb_cached.errors import (
 )
 from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge, Unexplained
+from pb_cached.pocketbase.commit.interface import left
 from pb_cached.telemetry import Log
 from pb_cached.writes.stats import WriteCounters
 
@@ -275,7 +276,7 @@ class Committer:
         try:
             while self._queue:
                 self._current = self._next()
-                await self._commit(self._current)
+                await self._commit(self._current, time.monotonic() + self._settings.deadline)
                 self._current = []
                 self._report()
                 self._until_trim -= 1
@@ -300,15 +301,16 @@ class Committer:
             taken.append(self._queue.popleft())
         return taken
 
-    async def _commit(self, writes: list[_Write]) -> None:
-        """Decide every one of these writes.
+    async def _commit(self, writes: list[_Write], end: float) -> None:
+        """Decide every one of these writes, which have time until `end`, of the monotonic clock, in however many
+        parts.
 
         Who violates a unique index may do so by another write of the same commit, which was not committed either,
         and may never be. So the beaten are told when the others are decided, and where one of those has failed,
         they are tried again.
         """
         while writes:
-            beaten = await self._decide(writes)
+            beaten = await self._decide(writes, end)
             if not any(write.failed for write in writes if write not in beaten):
                 for write, (operation, error) in beaten.items():
                     self._tell_refused(operation, error)
@@ -317,7 +319,7 @@ class Committer:
                 return
             writes = list(beaten)
 
-    async def _decide(self, writes: list[_Write]) -> dict[_Write, tuple[Operation, UniqueViolation]]:
+    async def _decide(self, writes: list[_Write], end: float) -> dict[_Write, tuple[Operation, UniqueViolation]]:
         """Decide these writes, but for those that violate a unique index, and return those.
 
         What PocketBase refuses fails alone, the rest is committed anew.
@@ -327,7 +329,7 @@ class Committer:
             operations = [operation for write in writes for operation in write.operations]
             begun = time.monotonic()
             try:
-                replies = await self.path.commit(operations, deadline=self._settings.deadline)
+                replies = await self.path.commit(operations, deadline=left(end))
                 now = time.monotonic()
                 size = sum(write.size for write in writes)
                 waited = now - min(write.submitted for write in writes)
@@ -341,16 +343,16 @@ class Committer:
                         continue
                     self._tell_refused(operations[index], error)
                     self._fail(write, error)
-                left = [write for write in writes if not write.decided and write not in beaten]
+                others = [write for write in writes if not write.decided and write not in beaten]
                 self.counters.refused += sum(write.failed for write in writes)
-                self.counters.attempts_more += bool(left)
-                writes = left
+                self.counters.attempts_more += bool(others)
+                writes = others
                 continue
             except (TooLarge, Unexplained) as refusal:
                 if len(writes) > 1:
                     self.counters.attempts_more += 1
                     middle = len(writes) // 2
-                    await self._commit(writes[:middle])
+                    await self._commit(writes[:middle], end)
                     writes = writes[middle:]
                     continue
                 self._fail(

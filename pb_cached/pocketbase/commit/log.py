@@ -5,11 +5,12 @@ was built on, and where that is not what the record has, the commit is refused. 
 
 PocketBase refuses a commit as a whole, and mostly without a reason. So what the commit touches is looked at:
 revisions, then what must be unique, then the triggers themselves. What none of that explains is halved by the
-committer.
+committer, and so is what cannot be looked at: that a look fails is nobody's blame.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -20,6 +21,7 @@ from msgspec import Struct
 from pb_cached.errors import (
     CollectionNotFound,
     PBCachedError,
+    PocketBaseUnavailable,
     RecordNotFound,
     RequestRejected,
     SchemaError,
@@ -56,6 +58,12 @@ from pb_cached.pocketbase.sql import Sql
 
 _FIELDS: Final = "?fields=id,stale"
 """All that we want to see of what we have sent. A log without the last of them has no triggers yet."""
+_LOOKS: Final = (0.02, 0.1)
+"""Seconds between attempts to look at what a refused commit touches, where PocketBase answers with an error."""
+_SHARE_OF_LOOKS: Final = 0.25
+"""Of the time that a commit has left: its parts need the rest."""
+_LEAST_FOR_LOOKS: Final = 1.0
+"""Seconds."""
 _SECTIONS: Final = {"POST": b"c", "PATCH": b"u", "DELETE": b"d"}
 
 
@@ -144,13 +152,17 @@ class LogPath:
             answer = await self._attempt(operations, end)
             if answer is None:
                 return [Reply(b"" if operation.method == "DELETE" else None) for operation in operations]
-            blamed = await self._blamed(answer, operations)
-            if blamed:
-                raise Refused(blamed)
-            if repaired or not await self._installation.repair():
+            unseen: Exception | None = None
+            try:
+                async with asyncio.timeout(_for_looks(end)):
+                    if blamed := await self._looked(answer, operations):
+                        raise Refused(blamed)
+            except (PBCachedError, TimeoutError) as error:
+                unseen = error
+            if repaired or not await self._mended(end):
                 break
             repaired = True
-        raise await self._unexplained(answer, operations)
+        raise await self._unexplained(answer, operations, unseen)
 
     async def trim(self, before: float) -> None:
         """By SQL, as every deletion of PocketBase's own would send the record to all followers. Where we may not,
@@ -229,6 +241,23 @@ class LogPath:
 
     # refusals
 
+    async def _mended(self, end: float) -> bool:
+        """Was the installation not as it must be, and is it now?"""
+        try:
+            async with asyncio.timeout(_for_looks(end)):
+                return await self._installation.repair()
+        except (PocketBaseUnavailable, TimeoutError):
+            return False
+
+    async def _looked(self, answer: Answer, operations: Sequence[Operation]) -> Mapping[int, Refusal]:
+        """`_blamed`, tried a few times."""
+        for pause in _LOOKS:
+            try:
+                return await self._blamed(answer, operations)
+            except PBCachedError:
+                await asyncio.sleep(pause)
+        return await self._blamed(answer, operations)
+
     async def _blamed(self, answer: Answer, operations: Sequence[Operation]) -> Mapping[int, Refusal]:
         """The operations that the commit was refused for, as far as looking at PocketBase tells."""
         if answer.status != 400:
@@ -290,7 +319,9 @@ class LogPath:
         contents = await multi_gets(self._client, collection, record_ids, ("id", "rev"))
         return {row.id: row.rev for content in contents for row in _rows.decode(content).items}
 
-    async def _unexplained(self, answer: Answer, operations: Sequence[Operation]) -> Exception:
+    async def _unexplained(
+        self, answer: Answer, operations: Sequence[Operation], unseen: Exception | None
+    ) -> Exception:
         codes = _codes(answer)
         if answer.status == 404 or triggers.BARRED in codes:
             return SchemaError(
@@ -301,6 +332,13 @@ class LogPath:
         error = await self._client.rejection(answer, "commit")
         if answer.status != 400 or not isinstance(error, RequestRejected):
             return error
+        if unseen is not None:
+            reason = str(unseen) or "no answer in time"
+            error = RequestRejected(
+                f"{error}; what it was refused for could not be looked at: {reason}. Nothing was written",
+                status=error.status,
+                codes=error.codes,
+            )
         return Unexplained(error)
 
 
@@ -329,6 +367,11 @@ def _codes(answer: Answer) -> Mapping[str, str]:
         return {}
     error = refused(answer, "commit")
     return error.codes if isinstance(error, RequestRejected) else {}
+
+
+def _for_looks(end: float) -> float:
+    """Seconds that may be spent on finding out why a commit was refused, of those that are left until `end`."""
+    return min(left(end), max(_LEAST_FOR_LOOKS, _SHARE_OF_LOOKS * left(end)))
 
 
 def _stale(operation: Operation) -> StaleRevision:
