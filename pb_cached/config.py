@@ -114,6 +114,8 @@ class WriteSettings(Section, frozen=True):
     """How long closing waits for writes that are queued."""
     log_retention: Annotated[float, Meta(ge=60, le=30 * 86_400)] = 3600.0
     """Seconds that the record of a commit is kept, the proof that it happened."""
+    log_max_bytes: Annotated[int, Meta(ge=65_536)] = 256 * MIB
+    """Of what commits hold that each log keeps for servers that were away; the oldest lose theirs first."""
 
 
 class CacheSettings(Section, frozen=True):

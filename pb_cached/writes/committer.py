@@ -8,9 +8,11 @@ order in which they were submitted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Final, Protocol
 
 from pb_cached.config import WriteSettings
@@ -31,6 +33,10 @@ from pb_cached.writes.stats import WriteCounters
 
 TRIM_EVERY: Final = 1000
 """Commits between two trims of the log."""
+LOOK_EVERY: Final = 16
+"""A log's bytes are looked at each time that this part of those that it may hold has been added."""
+GIVE_WAY: Final = 4.0
+"""Times as long as a step of trimming took is left to commits before the next one."""
 
 Outcome = asyncio.Future[list[Reply]]
 
@@ -79,7 +85,9 @@ class Committer:
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
     is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
     no room, in their order), `_watching` (who waits for the next commit to be decided), `_trimming` (the task that
-    trims the log when it is opened), `_closed`, `_followers`. All of it is changed between awaits only.
+    trims the log, the last one), `_trimmed_at` (after how many commits it began) and `_looked_at` (after how many
+    bytes those of the log were looked at), `_closed` and `_closing`, `_followers`. All of it is changed between
+    awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -94,8 +102,11 @@ class Committer:
         self._watching: list[asyncio.Future[None]] = []
         self._trimming: asyncio.Task[None] | None = None
         self._closed = False
+        self._closing = asyncio.Event()
         self.counters = WriteCounters()
-        self._until_trim = TRIM_EVERY
+        self._trimmed_at = 0
+        self._looked_at: int | None = None
+        self._look_every = settings.log_max_bytes // LOOK_EVERY
         self._followers: dict[str, list[Follower]] = {}
 
     def follow(self, collection: str, follower: Follower) -> None:
@@ -229,20 +240,21 @@ class Committer:
         )
 
     async def close(self) -> None:
-        """Take no more writes, and commit those that are queued.
+        """Take no more writes, and commit those that are queued. Trimming ends with the step that it is at.
 
         Raises:
             NotCommitted: some were not committed within `close_timeout`; names their number and collections.
         """
         self._closed = True
+        self._closing.set()
         self._admit()
+        tasks = [task for task in (self._task, self._trimming) if task is not None and not task.done()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._settings.close_timeout)
         if self._trimming is not None:
-            await asyncio.wait([self._trimming], timeout=self._settings.close_timeout)
             self._trimming.cancel()
-        if self._task is None:
-            return
-        done, _ = await asyncio.wait([self._task], timeout=self._settings.close_timeout)
-        if done:
+            await asyncio.wait([self._trimming])
+        if self._task is None or self._task.done():
             return
         unsent, sent = list(self._queue), list(self._current)
         self._queue.clear()
@@ -258,17 +270,51 @@ class Committer:
         raise error
 
     def trim_in_background(self) -> None:
-        """`trim`, without waiting for it."""
-        self._trimming = asyncio.create_task(self.trim())
+        """Begin to forget what may be forgotten of the log, if that is not under way. No commit waits for it."""
+        if not self._closed and (self._trimming is None or self._trimming.done()):
+            self._trimming = asyncio.create_task(self._keep_trimmed())
 
     async def trim(self) -> None:
-        """Forget the records of old commits, but of none that may still be sent again. Its failure is no reason to
-        stop."""
-        kept = max(self._settings.log_retention, 2 * self._settings.deadline)
+        """`trim_in_background`, for those who await what they call: it is not waited for."""
+        self.trim_in_background()
+
+    async def _keep_trimmed(self) -> None:
+        """Trim until nothing is due any more. Its failure is no reason to stop."""
         try:
-            await self.path.trim(time.time() - kept)
+            while True:
+                await self._trim()
+                if self._closed or not self._is_trim_due:
+                    return
         except PBCachedError as error:
             self._log.warning("log not trimmed", reason=str(error))
+        except Exception as error:
+            self._log.error("log not trimmed", error=repr(error))
+
+    async def _trim(self) -> None:
+        """Forget the records of old commits, but of none that may still be sent again; and what the others hold
+        beyond `log_max_bytes`, where enough was added to make it worth looking."""
+        self._trimmed_at = self.counters.commits
+        most_bytes = None
+        if self._looked_at is None or self.counters.bytes - self._looked_at >= self._look_every:
+            self._looked_at = self.counters.bytes
+            most_bytes = self._settings.log_max_bytes
+        kept = max(self._settings.log_retention, 2 * self._settings.deadline)
+        begun = time.monotonic()
+        async with aclosing(self.path.trim(time.time() - kept, most_bytes)) as steps:
+            async for _ in steps:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(GIVE_WAY * (time.monotonic() - begun)):
+                        await self._closing.wait()
+                        return
+                begun = time.monotonic()
+
+    @property
+    def _is_trim_due(self) -> bool:
+        counters = self.counters
+        return (
+            counters.commits - self._trimmed_at >= TRIM_EVERY
+            or counters.bytes - (self._looked_at or 0) >= self._look_every
+        )
 
     async def _run(self) -> None:
         # Everything that the tasks ready now submit shares the first commit.
@@ -279,10 +325,8 @@ class Committer:
                 await self._commit(self._current, time.monotonic() + self._settings.deadline)
                 self._current = []
                 self._report()
-                self._until_trim -= 1
-                if self._until_trim == 0:
-                    self._until_trim = TRIM_EVERY
-                    await self.trim()
+                if self._is_trim_due:
+                    self.trim_in_background()
         finally:
             self._task = None
 

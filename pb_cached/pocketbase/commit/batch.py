@@ -7,7 +7,7 @@ outcome is known.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 import msgspec
@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from pb_cached.errors import PBCachedError, SchemaError
 from pb_cached.pocketbase.client import Answer, PocketBaseClient, Unreached, Verdict, by_status, refused
+from pb_cached.pocketbase.commit import trimming
 from pb_cached.pocketbase.commit.interface import (
     Operation,
     Refused,
@@ -29,9 +30,6 @@ from pb_cached.pocketbase.dialect import Dialect, batch_switched_on_again, is_ba
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.schema import CollectionSpec, SchemaEditor
 from pb_cached.pocketbase.sql import Sql
-
-TRIM_PAGE: Final = 500
-"""Log records deleted by one request where there is no SQL."""
 
 _LONG: Final = b"validation_length_too_long"
 """More requests than PocketBase allows in a batch: somebody has lowered the number since we asked."""
@@ -131,14 +129,16 @@ class BatchPath:
         operation = operations[index - 1]
         raise Refused({index - 1: refused(inner, operation.what)})
 
-    async def trim(self, before: float) -> None:
+    async def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
+        """Its records hold nothing, so their bytes need not be looked at."""
         oldest = first_id_at(before)
         if self._dialect.sql:  # raises no events that every follower would have to read
-            await Sql(self._client).change(f"DELETE FROM `{self._log}` WHERE id<'{oldest}'")
+            async for _ in trimming.delete(Sql(self._client), self._log, f"id<'{oldest}'"):
+                yield
             return
-        path = records_path(self._log)
-        count = min(TRIM_PAGE, self.max_operations)
+        path, step = records_path(self._log), trimming.Step()
         while True:
+            count = min(step.records, self.max_operations)
             params: dict[str, str | int] = {
                 "filter": f"id < '{oldest}'", "sort": "id", "perPage": count, "skipTotal": 1,
             }  # fmt: skip
@@ -146,11 +146,14 @@ class BatchPath:
             if found:
                 deletions = [_request(Operation("DELETE", self._log, item.id)) for item in found]
                 body = b'{"requests":[' + b",".join(deletions) + b"]}"
+                begun = time.monotonic()
                 answer = await self._client.send("POST", "/api/batch", body=body, verdict=batch_verdict)
+                step.took(time.monotonic() - begun)
                 if not answer.ok:  # another server is trimming too
                     return
             if len(found) < count:
                 return
+            yield
 
     async def _read_back(self, operations: Sequence[Operation], end: float) -> list[Reply]:
         """The replies of a commit whose answer was lost: the records as they are now, which is at least as new."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
 from msgspec import Struct
@@ -127,6 +127,10 @@ class CommitPath(Protocol):
         """
         ...
 
-    async def trim(self, before: float) -> None:
-        """Forget the records of commits made before that time (seconds since the epoch)."""
+    def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
+        """Forget the records of commits made before that time (seconds since the epoch), and of the others, beyond
+        so many bytes, what they hold; None: their bytes are not looked at.
+
+        Goes on from one step to the next, none of which keeps PocketBase's other writers waiting for long.
+        """
         ...

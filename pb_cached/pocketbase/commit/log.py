@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -36,7 +36,7 @@ from pb_cached.pocketbase.client import (
     missing_collection,
     refused,
 )
-from pb_cached.pocketbase.commit import triggers
+from pb_cached.pocketbase.commit import triggers, trimming
 from pb_cached.pocketbase.commit.batch import batch_verdict, culprit
 from pb_cached.pocketbase.commit.installation import Installation
 from pb_cached.pocketbase.commit.interface import (
@@ -164,12 +164,20 @@ class LogPath:
             repaired = True
         raise await self._unexplained(answer, operations, unseen)
 
-    async def trim(self, before: float) -> None:
+    async def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
         """By SQL, as every deletion of PocketBase's own would send the record to all followers. Where we may not,
-        the log is left to those who may."""
-        if self._dialect.sql:
-            at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(before))
-            await Sql(self._client).change(*triggers.trim(self._log, first_id_at(before), at))
+        the log is left to those who may. The record that bars the log stays."""
+        if not self._dialect.sql:
+            return
+        sql = Sql(self._client)
+        async for _ in trimming.delete(sql, self._log, f"id<'{first_id_at(before)}' AND guard<>''"):
+            yield
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(before))
+        async for _ in trimming.delete(sql, triggers.EDITS, f"at<'{at}'", "n"):
+            yield
+        if most_bytes is not None:
+            async for _ in trimming.empty(sql, self._log, most_bytes):
+                yield
 
     async def _attempt(self, operations: Sequence[Operation], end: float) -> Answer | None:
         """Send the commit, until it is known whether it was applied. None where it was; else the refusal."""

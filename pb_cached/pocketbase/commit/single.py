@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 from pb_cached.errors import CollectionNotFound, DocumentTooLarge, OutcomeUnknown, RequestRejected
@@ -39,8 +39,10 @@ class SinglePath:
                 raise Refused({index: error}) from error
         return replies
 
-    async def trim(self, before: float) -> None:
+    async def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
         """There is no log."""
+        return
+        yield
 
     async def _apply(self, operation: Operation, deadline: float) -> Reply:
         what = operation.what
