@@ -402,8 +402,7 @@ class Committer:
                 self._fail(
                     writes[0],
                     refusal.error
-                    if isinstance(refusal, Unexplained)
-                    else DocumentTooLarge(
+                    or DocumentTooLarge(
                         f"write to {_summary(writes)}: PocketBase takes no request of about "
                         f"{writes[0].size:,} bytes; nothing written"
                     ),

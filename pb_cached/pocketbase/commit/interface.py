@@ -77,6 +77,14 @@ class Refused(Exception):
 class TooLarge(Exception):
     """PocketBase takes no request of this size. Nothing of it was applied."""
 
+    def __init__(self, error: RequestRejected | None = None) -> None:
+        """
+        Args:
+            error: for a write that cannot be made smaller; None where its documents are too large.
+        """
+        super().__init__(str(error or ""))
+        self.error = error
+
 
 class Unexplained(Exception):
     """PocketBase refused the commit, and nothing tells why. Nothing of it was applied."""

@@ -37,7 +37,7 @@ from pb_cached.pocketbase.client import (
     refused,
 )
 from pb_cached.pocketbase.commit import triggers, trimming
-from pb_cached.pocketbase.commit.batch import batch_verdict, culprit
+from pb_cached.pocketbase.commit.batch import batch_verdict, culprit, too_few_requests
 from pb_cached.pocketbase.commit.installation import Installation
 from pb_cached.pocketbase.commit.interface import (
     Operation,
@@ -52,7 +52,7 @@ from pb_cached.pocketbase.commit.looks import multi_gets
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.commit.triggers import CommitLayout
 from pb_cached.pocketbase.commit.uniques import violations
-from pb_cached.pocketbase.dialect import Dialect, batch_switched_on_again, is_batch_off
+from pb_cached.pocketbase.dialect import Dialect, batch_opened_again, batch_requests_allowed, is_batch_off
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.sql import Sql
 
@@ -102,7 +102,8 @@ _rows: Final = msgspec.json.Decoder(_Rows)
 class LogPath:
     """One commit at a time.
 
-    Mutable state: `_layouts`, by their keys; `_batches`, whether the batch API is open to us.
+    Mutable state: `_layouts`, by their keys; `_most_requests`, how many the batch API takes, 0 where it is closed
+    to us.
     """
 
     name: Final = "log"
@@ -119,11 +120,11 @@ class LogPath:
         self.receipts = Receipts(client, log, server)
         self._installation = installation
         self._layouts: dict[str, CommitLayout] = {}
-        self._batches = dialect.batch is not None
+        self._most_requests = dialect.batch.max_requests if dialect.batch else 0
 
     @property
     def mixes(self) -> bool:
-        return self._batches
+        return len(self._layouts) <= max(1, self._most_requests)
 
     async def prepare(self) -> None:
         """See to it that the log is there.
@@ -215,19 +216,34 @@ class LogPath:
                 raise self.receipts.unknown(last, len(operations)) from error
         if answer.status == 413:
             raise TooLarge
-        if len(entries) > 1 and is_batch_off(answer) and time.monotonic() < end:
-            if (refusal := await batch_switched_on_again(self._client, self._dialect)) is not None:
-                self._batches = False
-                raise Unexplained(refusal)  # the operations of one layout can do without it
-            return await self._attempt(operations, end)
+        if len(entries) > 1 and time.monotonic() < end:
+            if is_batch_off(answer):
+                return await self._attempt_again(operations, end, 0, "switched off")
+            if (most := batch_requests_allowed(answer)) is not None:
+                return await self._attempt_again(operations, end, most, f"limited to {most} requests")
         return answer
+
+    async def _attempt_again(
+        self, operations: Sequence[Operation], end: float, most: int, was: str
+    ) -> Answer | None:
+        """`_attempt`, after the batch API was closed to us, or limited to so many requests. Where it stays so,
+        commits hold the operations of one layout from now on, which can do without it."""
+        if most < 2:
+            if (refusal := await batch_opened_again(self._client, self._dialect, was)) is None:
+                return await self._attempt(operations, end)
+            self._most_requests = 0
+            raise Unexplained(refusal)
+        self._most_requests = most
+        raise Unexplained(too_few_requests(self._client.url, most))
 
     def _entries(self, receipt: str, operations: Sequence[Operation]) -> list[bytes]:
         """The records of a commit, one for each layout; the first has the receipt."""
         by_layout: dict[str, list[Operation]] = {}
         for operation in operations:
             by_layout.setdefault(operation.layout, []).append(operation)
-        if len(by_layout) > 1 and not self.mixes:
+        if 1 < self._most_requests < len(by_layout):
+            raise Unexplained(too_few_requests(self._client.url, self._most_requests))
+        if self._most_requests < 2 <= len(by_layout):
             raise Unexplained(
                 RequestRejected(
                     "commit: what concerns several collections takes PocketBase's batch API, which is off; "
