@@ -132,7 +132,7 @@ async def records(pocketbase: PocketBaseServer, prefix: str) -> AsyncIterator[Re
 
 
 def writes(**settings: Any) -> Config:
-    patient = {"deadline": PATIENCE, "close_timeout": PATIENCE}
+    patient = {"deadline": PATIENCE, "close_timeout": PATIENCE, "max_commit_seconds": PATIENCE}
     return Config(writes=WriteSettings(**patient | settings), pocketbase=PocketBaseSettings(commit=WAY))
 
 
@@ -941,6 +941,27 @@ async def test_stats_tell_what_was_committed(
     assert (stats.commit_records_max, stats.refused, stats.unknown) == (30, 2, 0)
     assert 0 < stats.commit_seconds_p50 <= stats.write_seconds_p99
     assert stats.bytes > 32 * 50
+
+
+@pytest.mark.parametrize("fault", [answer(429), answer(503), cut_before, cut_after, lost_by_gateway])
+async def test_stats_count_what_was_sent_again(
+    notes: DocumentCollection[Note], database: PocketBaseDocumentDatabase, proxy: FaultProxy, fault: Fault
+) -> None:
+    await notes.insert_one(note("a"))
+    assert database.stats().writes.retries == 0
+    proxy.plan("POST", COMMIT, fault, at=(1, 2))
+    await notes.insert_one(note("b"))
+    stats = database.stats().writes
+    assert (stats.retries, stats.commits, stats.attempts_more) == (2, 2, 0)
+
+
+async def test_stats_count_the_commits_that_were_made_anew(
+    notes: DocumentCollection[Note], database: PocketBaseDocumentDatabase, proxy: FaultProxy
+) -> None:
+    proxy.plan("POST", COMMIT, answer(413))
+    await asyncio.gather(*(notes.insert_one(note(str(number))) for number in range(4)))
+    stats = database.stats().writes
+    assert (stats.retries, stats.commits, stats.attempts_more) == (0, 2, 1)
 
 
 # closing

@@ -29,6 +29,7 @@ from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge, Unexplained
 from pb_cached.pocketbase.commit.interface import left
 from pb_cached.telemetry import Log
+from pb_cached.writes.pace import Pace
 from pb_cached.writes.stats import WriteCounters
 
 TRIM_EVERY: Final = 1000
@@ -84,7 +85,8 @@ class Committer:
 
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
     is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
-    no room, in their order), `_watching` (who waits for the next commit to be decided), `_trimming` (the task that
+    no room, in their order), `_watching` (who waits for the next commit to be decided), `_pace` (how many
+    records it may hold), `_trimming` (the task that
     trims the log, the last one), `_trimmed_at` (after how many commits it began) and `_looked_at` (after how many
     bytes those of the log were looked at), `_closed` and `_closing`, `_followers`. All of it is changed between
     awaits only.
@@ -101,6 +103,7 @@ class Committer:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._watching: list[asyncio.Future[None]] = []
         self._trimming: asyncio.Task[None] | None = None
+        self._pace = Pace(settings.max_commit_records, settings.max_commit_seconds)
         self._closed = False
         self._closing = asyncio.Event()
         self.counters = WriteCounters()
@@ -332,7 +335,7 @@ class Committer:
 
     def _next(self) -> list[_Write]:
         """The writes at the head of the queue that fit into one commit; at least one."""
-        most = min(self._settings.max_commit_records, self.path.max_operations)
+        most = min(self._pace.records, self.path.max_operations)
         most_bytes = min(self._settings.max_commit_bytes, self.path.max_bytes)
         taken: list[_Write] = []
         count = size = 0
@@ -371,13 +374,15 @@ class Committer:
         beaten: dict[_Write, tuple[Operation, UniqueViolation]] = {}
         while writes:
             operations = [operation for write in writes for operation in write.operations]
-            begun = time.monotonic()
+            begun, retries = time.monotonic(), self.path.retries
             try:
                 replies = await self.path.commit(operations, deadline=left(end))
                 now = time.monotonic()
                 size = sum(write.size for write in writes)
                 waited = now - min(write.submitted for write in writes)
                 self.counters.committed(len(writes), len(operations), size, now - begun, waited)
+                if self.path.retries == retries:  # else it was not the records that took the time
+                    self._pace.took(len(operations), now - begun)
                 self._tell_committed(operations, replies)
             except Refused as refusal:
                 for index, error in refusal.errors.items():
@@ -420,6 +425,8 @@ class Committer:
                 remaining = iter(replies)
                 for write in writes:
                     self._succeed(write, [next(remaining) for _ in write.operations])
+            finally:
+                self.counters.retries += self.path.retries - retries
             break
         return beaten
 

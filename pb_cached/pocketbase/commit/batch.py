@@ -73,7 +73,7 @@ class _Ids(Struct):
 class BatchPath:
     """One commit at a time. Compares no revisions: of two servers that update a column at once, the last wins.
 
-    Mutable state: `max_operations`, lowered where PocketBase allows fewer.
+    Mutable state: `max_operations`, lowered where PocketBase allows fewer; `retries`.
     """
 
     name: Final = "batch"
@@ -88,6 +88,7 @@ class BatchPath:
         self._schema = schema
         self._spec = log
         self._log = log.name
+        self.retries = 0
         self.receipts = Receipts(client, log.name, server)
         self.max_operations = max(1, dialect.batch.max_requests - 1)
         self.max_bytes = dialect.batch.max_bytes - 4096
@@ -107,7 +108,13 @@ class BatchPath:
         end = time.monotonic() + deadline
         try:
             answer = await self._client.send(
-                "POST", "/api/batch", body=body, repeatable=True, verdict=batch_verdict, deadline=deadline
+                "POST",
+                "/api/batch",
+                body=body,
+                repeatable=True,
+                verdict=batch_verdict,
+                deadline=deadline,
+                repeated=self._repeated,
             )
         except Unreached as error:
             if not error.unanswered:
@@ -164,6 +171,9 @@ class BatchPath:
             if len(found) < count:
                 return
             yield
+
+    def _repeated(self) -> None:
+        self.retries += 1
 
     async def _adapted(self, most: int) -> bool:
         """So many requests PocketBase takes in a batch now, and commits hold no more from now on. Where that

@@ -111,6 +111,11 @@ class CommitPath(Protocol):
     @property
     def max_bytes(self) -> int: ...
 
+    @property
+    def retries(self) -> int:
+        """Requests of commits that were sent again."""
+        ...
+
     async def prepare(self) -> None:
         """See to it that the log is there, and as it must be.
 

@@ -103,7 +103,7 @@ class LogPath:
     """One commit at a time.
 
     Mutable state: `_layouts`, by their keys; `_most_requests`, how many the batch API takes, 0 where it is closed
-    to us.
+    to us; `retries`.
     """
 
     name: Final = "log"
@@ -119,6 +119,7 @@ class LogPath:
         self._log = log
         self.receipts = Receipts(client, log, server)
         self._installation = installation
+        self.retries = 0
         self._layouts: dict[str, CommitLayout] = {}
         self._most_requests = dialect.batch.max_requests if dialect.batch else 0
 
@@ -180,6 +181,9 @@ class LogPath:
             async for _ in trimming.empty(sql, self._log, most_bytes):
                 yield
 
+    def _repeated(self) -> None:
+        self.retries += 1
+
     async def _attempt(self, operations: Sequence[Operation], end: float) -> Answer | None:
         """Send the commit, until it is known whether it was applied. None where it was; else the refusal."""
         receipt = new_id()
@@ -196,6 +200,7 @@ class LogPath:
                 repeatable=True,
                 verdict=batch_verdict if len(entries) > 1 else _verdict,
                 deadline=left(end),
+                repeated=self._repeated,
             )
         except Unreached as error:
             if not error.unanswered:

@@ -22,6 +22,7 @@ class SinglePath:
 
     def __init__(self, client: PocketBaseClient) -> None:
         self._client = client
+        self.retries = 0
 
     async def prepare(self) -> None:
         """There is no log."""
@@ -44,6 +45,9 @@ class SinglePath:
         return
         yield
 
+    def _repeated(self) -> None:
+        self.retries += 1
+
     async def _apply(self, operation: Operation, deadline: float) -> Reply:
         what = operation.what
         try:
@@ -53,6 +57,7 @@ class SinglePath:
                 body=operation.body or None,
                 repeatable=operation.method == "POST",  # its id can be created only once
                 deadline=deadline,
+                repeated=self._repeated,
             )
         except Unreached as error:
             if not error.unanswered:
