@@ -102,6 +102,8 @@ class WriteSettings(Section, frozen=True):
     """Above about 200, throughput stays the same and only latency grows."""
     max_commit_bytes: Annotated[int, Meta(ge=1024, le=64 * MIB)] = 4 * MIB
     """A commit blocks all other writers of the PocketBase while it runs."""
+    max_commit_seconds: Seconds = 0.25
+    """While it takes longer, commits hold fewer records, down to one write each."""
     max_queued_records: Annotated[int, Meta(ge=1)] = 10_000
     max_queued_bytes: Annotated[int, Meta(ge=1024)] = 64 * MIB
     """Beyond either, callers wait until their write can be queued, up to the deadline."""
@@ -114,6 +116,8 @@ class WriteSettings(Section, frozen=True):
     """How long closing waits for writes that are queued."""
     log_retention: Annotated[float, Meta(ge=60, le=30 * 86_400)] = 3600.0
     """Seconds that the record of a commit is kept, the proof that it happened."""
+    log_max_bytes: Annotated[int, Meta(ge=65_536)] = 256 * MIB
+    """Of what commits hold that each log keeps for servers that were away; the oldest lose theirs first."""
 
 
 class CacheSettings(Section, frozen=True):

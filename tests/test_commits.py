@@ -132,7 +132,7 @@ async def records(pocketbase: PocketBaseServer, prefix: str) -> AsyncIterator[Re
 
 
 def writes(**settings: Any) -> Config:
-    patient = {"deadline": PATIENCE, "close_timeout": PATIENCE}
+    patient = {"deadline": PATIENCE, "close_timeout": PATIENCE, "max_commit_seconds": PATIENCE}
     return Config(writes=WriteSettings(**patient | settings), pocketbase=PocketBaseSettings(commit=WAY))
 
 
@@ -525,6 +525,117 @@ async def test_a_commit_of_more_requests_than_pocketbase_allows_is_halved(
     assert list(await records.notes()) == list(map(str, range(20)))
 
 
+@batch_only
+async def test_how_many_requests_pocketbase_allows_is_learned_once(
+    notes: DocumentCollection[Note], records: Records, proxy: FaultProxy
+) -> None:
+    async with batch_settings(records, maxRequests=5):
+        await asyncio.gather(*(notes.insert_one(note(str(number))) for number in range(20)))
+        before = proxy.count("POST", COMMIT)
+        await asyncio.gather(*(notes.insert_one(note(str(number))) for number in range(20, 40)))
+        assert proxy.count("POST", COMMIT) == before + 5
+    assert list(await records.notes()) == list(map(str, range(40)))
+
+
+@batch_only
+async def test_a_number_of_requests_that_leaves_no_room_is_raised_again(
+    make_database: DatabaseMaker, records: Records, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with make_database(config=writes(), logger=logging.getLogger("test")) as database:
+        notes = await open_notes(database)
+        async with batch_settings(records, maxRequests=1):
+            await asyncio.gather(*(notes.insert_one(note(str(number))) for number in range(8)))
+            assert (await records.http.get("/api/settings")).json()["batch"]["maxRequests"] >= 202
+    assert list(await records.notes()) == list(map(str, range(8)))
+    assert caplog.text.count("the batch API was limited to 1 requests; it is on again") == 1
+
+
+@batch_only
+@pytest.mark.parametrize("most", [1, 2])
+async def test_where_we_may_not_raise_the_number_of_requests_what_fits_is_committed(
+    make_database: DatabaseMaker, records: Records, most: int
+) -> None:
+    settings = PocketBaseSettings(commit="batch", manage_settings=False)
+    async with (
+        batch_settings(records, enabled=True, maxRequests=202),
+        make_database(config=Config(pocketbase=settings)) as database,
+    ):
+        notes = await open_notes(database)
+        (committer,) = set(database._committers.values())
+        async with batch_settings(records, maxRequests=most):
+            outcomes = await asyncio.gather(
+                *(notes.insert_one(note(str(number))) for number in range(4)), return_exceptions=True
+            )
+            table, one, other = notes.codec.collection, new_id(), new_id()  # type: ignore[attr-defined]
+            with pytest.raises(RequestRejected, match=r"requests.*nothing was written") as pair:
+                await committer.write(create(table, one), create(table, other))
+            assert "allow" in str(pair.value).lower() or "switch it on" in str(pair.value).lower()
+        if most == 1:
+            assert all(isinstance(outcome, RequestRejected) for outcome in outcomes)
+            assert "limited to 1 requests" in str(outcomes[0])
+        assert len(await records.notes()) == {1: 0, 2: 4}[most]
+        await notes.insert_one(note("last"))
+
+
+@batch_only
+async def test_a_commit_in_doubt_is_not_made_in_parts_when_the_number_is_lowered(
+    notes: DocumentCollection[Note], records: Records, proxy: FaultProxy
+) -> None:
+    """(1) The commit is applied, (2) its answer is lost, (3) the number is lowered, (4) it is sent again."""
+    async with batch_settings(records, enabled=True):
+
+        async def applied_and_lowered(exchange: Exchange) -> None:
+            await exchange.ask_in_vain()
+            await records.http.patch("/api/settings", json={"batch": {"maxRequests": 5}})
+            exchange.hang_up()
+
+        proxy.plan("POST", COMMIT, applied_and_lowered)
+        await asyncio.gather(*(notes.insert_one(note(str(number))) for number in range(20)))
+    assert await records.notes() == {str(number): 1 for number in range(20)}
+    assert len(await records.of("notes")) == 20
+
+
+@pytest.mark.parametrize("way", ["log"], indirect=True)
+async def test_where_batches_are_too_small_to_mix_collections_the_log_path_learns_it_once(
+    make_database: DatabaseMaker, records: Records, proxy: FaultProxy, pocketbase: PocketBaseServer
+) -> None:
+    settings = PocketBaseSettings(commit="log", manage_settings=False)
+    params = {**pocketbase.connection_params, "url": proxy.url}
+    async with (
+        batch_settings(records, enabled=True, maxRequests=202),
+        make_database(config=Config(pocketbase=settings), connection_params=params) as database,
+    ):
+        notes = await open_notes(database)
+        others = await database.get_or_create_collection("others", Note, identity_loader_for(Note))
+        async with batch_settings(records, maxRequests=1):
+            for round_ in range(2):
+                before = proxy.count("POST", "/api/batch")
+                await asyncio.gather(
+                    *(each.insert_one(note(f"{n}{round_}")) for n in range(4) for each in (notes, others))
+                )
+                assert proxy.count("POST", "/api/batch") == before + (1 - round_)
+    expected = {f"{n}{round_}": 1 for round_ in range(2) for n in range(4)}
+    assert await records.notes() == expected
+    assert len(await records.of("others")) == 8
+
+
+async def test_a_pocketbase_that_takes_one_request_at_a_time_is_written_to_all_the_same(
+    make_database: DatabaseMaker, records: Records
+) -> None:
+    """And we may not change that. By the batch path each write is then a request of its own."""
+    settings = PocketBaseSettings(commit=WAY, manage_settings=False)
+    async with (
+        batch_settings(records, enabled=True, maxRequests=1),
+        make_database(config=Config(pocketbase=settings)) as database,
+    ):
+        assert database.stats().writes.path == {"log": "log", "batch": "single"}[WAY]
+        notes = await open_notes(database)
+        others = await database.get_or_create_collection("others", Note, identity_loader_for(Note))
+        await asyncio.gather(*(each.insert_one(note(str(n))) for n in range(5) for each in (notes, others)))
+    assert await records.notes() == {str(number): 1 for number in range(5)}
+    assert len(await records.of("others")) == 5
+
+
 async def test_a_batch_api_that_was_switched_off_is_switched_on_again(
     make_database: DatabaseMaker, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -670,9 +781,11 @@ async def test_trimming_removes_what_is_old_and_nothing_else(
     path = BatchPath(connection.client, dialect, connection.schema, log_collection(f"{prefix}_log"), "server")
     for id_ in (*old, *new):
         await records.http.post(f"/api/collections/{prefix}_log/records", json={"id": id_, "n": 1, "guard": id_})
-    await path.trim(now - 3_600)
+    async for _ in path.trim(now - 3_600, None):
+        pass
     assert [entry["id"] for entry in await records.of("log")] == new
-    await path.trim(now - 3_600)
+    async for _ in path.trim(now - 3_600, None):
+        pass
     assert len(await records.of("log")) == 3
 
 
@@ -867,6 +980,27 @@ async def test_stats_tell_what_was_committed(
     assert (stats.commit_records_max, stats.refused, stats.unknown) == (30, 2, 0)
     assert 0 < stats.commit_seconds_p50 <= stats.write_seconds_p99
     assert stats.bytes > 32 * 50
+
+
+@pytest.mark.parametrize("fault", [answer(429), answer(503), cut_before, cut_after, lost_by_gateway])
+async def test_stats_count_what_was_sent_again(
+    notes: DocumentCollection[Note], database: PocketBaseDocumentDatabase, proxy: FaultProxy, fault: Fault
+) -> None:
+    await notes.insert_one(note("a"))
+    assert database.stats().writes.retries == 0
+    proxy.plan("POST", COMMIT, fault, at=(1, 2))
+    await notes.insert_one(note("b"))
+    stats = database.stats().writes
+    assert (stats.retries, stats.commits, stats.attempts_more) == (2, 2, 0)
+
+
+async def test_stats_count_the_commits_that_were_made_anew(
+    notes: DocumentCollection[Note], database: PocketBaseDocumentDatabase, proxy: FaultProxy
+) -> None:
+    proxy.plan("POST", COMMIT, answer(413))
+    await asyncio.gather(*(notes.insert_one(note(str(number))) for number in range(4)))
+    stats = database.stats().writes
+    assert (stats.retries, stats.commits, stats.attempts_more) == (0, 2, 1)
 
 
 # closing

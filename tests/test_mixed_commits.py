@@ -41,12 +41,14 @@ class Note(TypedDict, total=False):
     text: str
     code: str
     mood: str
+    shelf: str
+    place: str
 
 
 def note(id_: str, **fields: str) -> dict[str, Any]:
-    """Its text and its code are its own, as both must be unique."""
+    """Its text and its code are its own, as both must be unique, and so is its place on its shelf."""
     made = {"id": id_, "creation_utc": "2026", "version": "1.0.0", "text": id_, "code": id_, "mood": "calm"}
-    return {**made, **fields}
+    return {**made, "shelf": id_, "place": "1", **fields}
 
 
 def by_id(id_: str) -> Any:
@@ -86,7 +88,10 @@ class Bench:
 async def open_notes(database: PocketBaseDocumentDatabase, name: str) -> Notes:
     notes: Notes = await database.get_or_create_collection(name, Note, identity_loader_for(Note))
     await notes.ensure_indexes(
-        [CollectionIndex(((field, SortDirection.ASC),), unique=True) for field in ("text", "code")]
+        [
+            CollectionIndex(tuple((field, SortDirection.ASC) for field in fields), unique=True)
+            for fields in (("text",), ("code",), ("shelf", "place"))
+        ]
     )
     return notes
 
@@ -98,11 +103,11 @@ Kind = Callable[["Bench", httpx.AsyncClient, str], Coroutine[Any, Any, list[tupl
 """Prepares for writes of one kind, and tells them with the answers to them. Its ids begin with the text."""
 
 
-async def stored(bench: Bench, id_: str) -> None:
+async def stored(bench: Bench, id_: str, **fields: str) -> None:
     """A note that our server has in its cache."""
-    await bench.notes.insert_one(note(id_))
-    assert await bench.notes.find_one(by_id(id_)) == note(id_)
-    bench.expected[id_] = note(id_)
+    bench.expected[id_] = note(id_, **fields)
+    await bench.notes.insert_one(note(id_, **fields))
+    assert await bench.notes.find_one(by_id(id_)) == bench.expected[id_]
 
 
 def inserting(bench: Bench, document: dict[str, Any]) -> Write:
@@ -160,6 +165,27 @@ async def twins(bench: Bench, http: httpx.AsyncClient, id_: str) -> list[tuple[W
     return [
         (inserting(bench, note(id_)), None),
         (inserting(bench, note(f"{id_}-second", text=id_)), UniqueViolation),
+    ]
+
+
+async def taken_in_part(bench: Bench, http: httpx.AsyncClient, id_: str) -> list[tuple[Write, Answer]]:
+    """Each names one half of what must be unique; the other half is in its record."""
+    await stored(bench, id_)
+    await stored(bench, f"{id_}-second", shelf=id_, place="2")
+    await stored(bench, f"{id_}-third", place="1")
+    return [
+        (updating(bench, f"{id_}-second", {"place": "1"}), UniqueViolation),
+        (updating(bench, f"{id_}-third", {"shelf": id_}), UniqueViolation),
+    ]
+
+
+async def twins_in_part(bench: Bench, http: httpx.AsyncClient, id_: str) -> list[tuple[Write, Answer]]:
+    await stored(bench, id_)
+    await stored(bench, f"{id_}-second", place="9")
+    bench.expected[id_] = note(id_, place="9")
+    return [
+        (updating(bench, id_, {"place": "9"}), bench.expected[id_]),
+        (updating(bench, f"{id_}-second", {"shelf": id_}), UniqueViolation),
     ]
 
 
@@ -263,8 +289,8 @@ async def altered(
 
 
 KINDS: list[Kind] = [
-    good_insert, good_update, good_deletion, taken, taken_by_others, twins, beaten_by_the_refused,
-    stale, missing, too_large, gone, without_a_column, with_an_unknown_column,
+    good_insert, good_update, good_deletion, taken, taken_by_others, taken_in_part, twins, twins_in_part,
+    beaten_by_the_refused, stale, missing, too_large, gone, without_a_column, with_an_unknown_column,
     without_a_column_and_its_triggers,
 ]  # fmt: skip
 

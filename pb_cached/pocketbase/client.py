@@ -162,6 +162,7 @@ class PocketBaseClient:
         verdict: Callable[[Answer], Verdict] = by_status,
         deadline: float | None = None,
         connection_within: float | None = None,
+        repeated: Callable[[], None] | None = None,
     ) -> Answer:
         """Send a request and return its answer, whatever its status.
 
@@ -172,6 +173,7 @@ class PocketBaseClient:
             deadline: seconds until it ends, answered or not; `retry_for` by default.
             connection_within: seconds that it may wait for a connection; by default the HTTP client's own, and
                 then it is tried again.
+            repeated: is told of each time that it is sent again.
 
         Raises:
             NoConnection: none was free for `connection_within` seconds.
@@ -189,6 +191,9 @@ class PocketBaseClient:
             token = await self._current_token(known.refused_token)
             # Said beforehand, as the deadline may end the attempt at any moment.
             in_doubt, known.in_doubt = known.in_doubt, True
+            known.attempts += 1
+            if known.attempts > 1 and repeated is not None:
+                repeated()
 
             async def trace(event: str, _: Mapping[str, Any]) -> None:
                 """What httpx's own transport tells. Of any other it is not known how far it has come."""
@@ -562,6 +567,7 @@ class _Known:
     """What the attempts at one request have shown so far."""
 
     trouble: str = ""
+    attempts: int = 0
     in_doubt: bool = False
     """One of them was sent, and nobody said what became of it."""
     refused_token: Secret | None = None

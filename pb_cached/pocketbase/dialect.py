@@ -5,7 +5,8 @@ No endpoint tells the version (facts: pocketbase, section 1), so each ability is
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -16,6 +17,9 @@ from pb_cached.telemetry import Log
 
 MIB: Final = 1024 * 1024
 _OFF: Final = b"Batch requests are not allowed"
+_TOO_LONG: Final = b"validation_length_too_long"
+FEWEST_REQUESTS: Final = 3
+"""What a batch must hold: the log's record, and a write of two operations."""
 
 
 class BatchLimits(Struct, frozen=True, rename="camel"):
@@ -127,20 +131,51 @@ def is_batch_off(answer: Answer) -> bool:
     return answer.status == 403 and _OFF in answer.content
 
 
-async def batch_switched_on_again(client: PocketBaseClient, dialect: Dialect) -> RequestRejected | None:
-    """What was switched off is switched on where we may. Where we may not, the error that says what to do."""
+class _TooLong(Struct, frozen=True):
+    code: str = ""
+    params: Mapping[str, Any] = {}
+
+
+class _TooLongRequests(Struct, frozen=True):
+    requests: _TooLong = _TooLong()
+
+
+class _TooLongBatch(Struct, frozen=True):
+    data: _TooLongRequests = _TooLongRequests()
+
+
+def batch_requests_allowed(answer: Answer) -> int | None:
+    """How many requests PocketBase takes in a batch, where it has refused one for having more: somebody has
+    lowered the number since we asked."""
+    if answer.status != 400 or _TOO_LONG not in answer.content:
+        return None
+    try:
+        refusal = msgspec.json.decode(answer.content, type=_TooLongBatch).data.requests
+    except msgspec.DecodeError:  # it is about one of the requests
+        return None
+    most = refusal.params.get("max")
+    return most if refusal.code == _TOO_LONG.decode() and isinstance(most, int) else None
+
+
+async def batch_opened_again(client: PocketBaseClient, dialect: Dialect, was: str) -> RequestRejected | None:
+    """What was switched off, or limited too much, is made as it was where we may. Where we may not, the error that
+    says what to do.
+
+    Args:
+        was: what was done to it, in words.
+    """
     most = dialect.batch.max_requests if dialect.batch else BatchLimits().max_requests
     reason = "manage_settings is false"
     if dialect.may_configure:
         answer = await _switch_on(client, most)
         if answer.ok:
-            client.log.warning("the batch API was switched off; it is on again", url=client.url)
+            client.log.warning(f"the batch API was {was}; it is on again", url=client.url, max_requests=most)
             return None
         reason = str(await client.rejection(answer, "PATCH /api/settings"))
     return RequestRejected(
-        f"commit: the batch API of PocketBase at {client.url} was switched off, and we may not switch it on "
-        f"({reason}); nothing was written. Switch it on in its dashboard (Settings, Application, Batch API), with "
-        f"at least {most} requests",
+        f"commit: the batch API of PocketBase at {client.url} was {was}, and we may not switch it on ({reason}); "
+        "nothing was written. Switch it on in its dashboard (Settings, Application, Batch API), with at least "
+        f"{most} requests",
         status=403,
     )
 

@@ -14,8 +14,9 @@ MOST_CHARACTERS: Final = 4900
 """Of one call; PocketBase allows 5000."""
 
 
-class _Result(Struct):
+class _Result(Struct, rename="camel"):
     rows: list[list[str | None]] = []
+    affected_rows: int = 0
 
 
 class Sql:
@@ -32,6 +33,15 @@ class Sql:
         """
         content = await self._client.call("POST", "/api/sql", body=_body(query), repeatable=True)
         return [[value or "" for value in row] for row in msgspec.json.decode(content, type=_Result).rows]
+
+    async def count(self, statement: str) -> int:
+        """Run one statement, and tell how many rows it has changed or deleted.
+
+        Raises:
+            RequestRejected: PocketBase does not let us, or the statement is wrong.
+        """
+        content = await self._client.call("POST", "/api/sql", body=_body(statement), repeatable=True)
+        return msgspec.json.decode(content, type=_Result).affected_rows
 
     async def run(self, statements: Sequence[str]) -> Answer:
         """Run statements in their order. The last answer: that of the first call which was refused, if any was."""

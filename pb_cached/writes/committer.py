@@ -8,9 +8,11 @@ order in which they were submitted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Final, Protocol
 
 from pb_cached.config import WriteSettings
@@ -25,11 +27,17 @@ from pb_cached.errors import (
 )
 from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, TooLarge, Unexplained
+from pb_cached.pocketbase.commit.interface import left
 from pb_cached.telemetry import Log
+from pb_cached.writes.pace import Pace
 from pb_cached.writes.stats import WriteCounters
 
 TRIM_EVERY: Final = 1000
 """Commits between two trims of the log."""
+LOOK_EVERY: Final = 16
+"""A log's bytes are looked at each time that this part of those that it may hold has been added."""
+GIVE_WAY: Final = 4.0
+"""Times as long as a step of trimming took is left to commits before the next one."""
 
 Outcome = asyncio.Future[list[Reply]]
 
@@ -77,8 +85,11 @@ class Committer:
 
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
     is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
-    no room, in their order), `_watching` (who waits for the next commit to be decided), `_trimming` (the task that
-    trims the log when it is opened), `_closed`, `_followers`. All of it is changed between awaits only.
+    no room, in their order), `_watching` (who waits for the next commit to be decided), `_pace` (how many
+    records it may hold), `_trimming` (the task that
+    trims the log, the last one), `_trimmed_at` (after how many commits it began) and `_looked_at` (after how many
+    bytes those of the log were looked at), `_closed` and `_closing`, `_followers`. All of it is changed between
+    awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -92,9 +103,13 @@ class Committer:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._watching: list[asyncio.Future[None]] = []
         self._trimming: asyncio.Task[None] | None = None
+        self._pace = Pace(settings.max_commit_records, settings.max_commit_seconds)
         self._closed = False
+        self._closing = asyncio.Event()
         self.counters = WriteCounters()
-        self._until_trim = TRIM_EVERY
+        self._trimmed_at = 0
+        self._looked_at: int | None = None
+        self._look_every = settings.log_max_bytes // LOOK_EVERY
         self._followers: dict[str, list[Follower]] = {}
 
     def follow(self, collection: str, follower: Follower) -> None:
@@ -228,7 +243,7 @@ class Committer:
         )
 
     async def close(self, within: float | None = None) -> None:
-        """Take no more writes, and commit those that are queued.
+        """Take no more writes, and commit those that are queued. Trimming ends with the step that it is at.
 
         Args:
             within: seconds that are left of `close_timeout`; None for all of it.
@@ -236,16 +251,16 @@ class Committer:
         Raises:
             NotCommitted: some were not committed within `close_timeout`; names their number and collections.
         """
-        timeout = self._settings.close_timeout if within is None else within
         self._closed = True
+        self._closing.set()
         self._admit()
+        tasks = [task for task in (self._task, self._trimming) if task is not None and not task.done()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._settings.close_timeout if within is None else within)
         if self._trimming is not None:
-            await asyncio.wait([self._trimming], timeout=timeout)
             self._trimming.cancel()
-        if self._task is None:
-            return
-        done, _ = await asyncio.wait([self._task], timeout=timeout)
-        if done:
+            await asyncio.wait([self._trimming])
+        if self._task is None or self._task.done():
             return
         unsent, sent = list(self._queue), list(self._current)
         self._queue.clear()
@@ -261,17 +276,51 @@ class Committer:
         raise error
 
     def trim_in_background(self) -> None:
-        """`trim`, without waiting for it."""
-        self._trimming = asyncio.create_task(self.trim())
+        """Begin to forget what may be forgotten of the log, if that is not under way. No commit waits for it."""
+        if not self._closed and (self._trimming is None or self._trimming.done()):
+            self._trimming = asyncio.create_task(self._keep_trimmed())
 
     async def trim(self) -> None:
-        """Forget the records of old commits, but of none that may still be sent again. Its failure is no reason to
-        stop."""
-        kept = max(self._settings.log_retention, 2 * self._settings.deadline)
+        """`trim_in_background`, for those who await what they call: it is not waited for."""
+        self.trim_in_background()
+
+    async def _keep_trimmed(self) -> None:
+        """Trim until nothing is due any more. Its failure is no reason to stop."""
         try:
-            await self.path.trim(time.time() - kept)
+            while True:
+                await self._trim()
+                if self._closed or not self._is_trim_due:
+                    return
         except PBCachedError as error:
             self._log.warning("log not trimmed", reason=str(error))
+        except Exception as error:
+            self._log.error("log not trimmed", error=repr(error))
+
+    async def _trim(self) -> None:
+        """Forget the records of old commits, but of none that may still be sent again; and what the others hold
+        beyond `log_max_bytes`, where enough was added to make it worth looking."""
+        self._trimmed_at = self.counters.commits
+        most_bytes = None
+        if self._looked_at is None or self.counters.bytes - self._looked_at >= self._look_every:
+            self._looked_at = self.counters.bytes
+            most_bytes = self._settings.log_max_bytes
+        kept = max(self._settings.log_retention, 2 * self._settings.deadline)
+        begun = time.monotonic()
+        async with aclosing(self.path.trim(time.time() - kept, most_bytes)) as steps:
+            async for _ in steps:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(GIVE_WAY * (time.monotonic() - begun)):
+                        await self._closing.wait()
+                        return
+                begun = time.monotonic()
+
+    @property
+    def _is_trim_due(self) -> bool:
+        counters = self.counters
+        return (
+            counters.commits - self._trimmed_at >= TRIM_EVERY
+            or counters.bytes - (self._looked_at or 0) >= self._look_every
+        )
 
     async def _run(self) -> None:
         # Everything that the tasks ready now submit shares the first commit.
@@ -279,19 +328,17 @@ class Committer:
         try:
             while self._queue:
                 self._current = self._next()
-                await self._commit(self._current)
+                await self._commit(self._current, time.monotonic() + self._settings.deadline)
                 self._current = []
                 self._report()
-                self._until_trim -= 1
-                if self._until_trim == 0:
-                    self._until_trim = TRIM_EVERY
-                    await self.trim()
+                if self._is_trim_due:
+                    self.trim_in_background()
         finally:
             self._task = None
 
     def _next(self) -> list[_Write]:
         """The writes at the head of the queue that fit into one commit; at least one."""
-        most = min(self._settings.max_commit_records, self.path.max_operations)
+        most = min(self._pace.records, self.path.max_operations)
         most_bytes = min(self._settings.max_commit_bytes, self.path.max_bytes)
         taken: list[_Write] = []
         count = size = 0
@@ -304,15 +351,16 @@ class Committer:
             taken.append(self._queue.popleft())
         return taken
 
-    async def _commit(self, writes: list[_Write]) -> None:
-        """Decide every one of these writes.
+    async def _commit(self, writes: list[_Write], end: float) -> None:
+        """Decide every one of these writes, which have time until `end`, of the monotonic clock, in however many
+        parts.
 
         Who violates a unique index may do so by another write of the same commit, which was not committed either,
         and may never be. So the beaten are told when the others are decided, and where one of those has failed,
         they are tried again.
         """
         while writes:
-            beaten = await self._decide(writes)
+            beaten = await self._decide(writes, end)
             if not any(write.failed for write in writes if write not in beaten):
                 for write, (operation, error) in beaten.items():
                     self._tell_refused(operation, error)
@@ -321,7 +369,7 @@ class Committer:
                 return
             writes = list(beaten)
 
-    async def _decide(self, writes: list[_Write]) -> dict[_Write, tuple[Operation, UniqueViolation]]:
+    async def _decide(self, writes: list[_Write], end: float) -> dict[_Write, tuple[Operation, UniqueViolation]]:
         """Decide these writes, but for those that violate a unique index, and return those.
 
         What PocketBase refuses fails alone, the rest is committed anew.
@@ -329,13 +377,15 @@ class Committer:
         beaten: dict[_Write, tuple[Operation, UniqueViolation]] = {}
         while writes:
             operations = [operation for write in writes for operation in write.operations]
-            begun = time.monotonic()
+            begun, retries = time.monotonic(), self.path.retries
             try:
-                replies = await self.path.commit(operations, deadline=self._settings.deadline)
+                replies = await self.path.commit(operations, deadline=left(end))
                 now = time.monotonic()
                 size = sum(write.size for write in writes)
                 waited = now - min(write.submitted for write in writes)
                 self.counters.committed(len(writes), len(operations), size, now - begun, waited)
+                if self.path.retries == retries:  # else it was not the records that took the time
+                    self._pace.took(len(operations), now - begun)
                 self._tell_committed(operations, replies)
             except Refused as refusal:
                 for index, error in refusal.errors.items():
@@ -345,23 +395,22 @@ class Committer:
                         continue
                     self._tell_refused(operations[index], error)
                     self._fail(write, error)
-                left = [write for write in writes if not write.decided and write not in beaten]
+                others = [write for write in writes if not write.decided and write not in beaten]
                 self.counters.refused += sum(write.failed for write in writes)
-                self.counters.attempts_more += bool(left)
-                writes = left
+                self.counters.attempts_more += bool(others)
+                writes = others
                 continue
             except (TooLarge, Unexplained) as refusal:
                 if len(writes) > 1:
                     self.counters.attempts_more += 1
                     middle = len(writes) // 2
-                    await self._commit(writes[:middle])
+                    await self._commit(writes[:middle], end)
                     writes = writes[middle:]
                     continue
                 self._fail(
                     writes[0],
                     refusal.error
-                    if isinstance(refusal, Unexplained)
-                    else DocumentTooLarge(
+                    or DocumentTooLarge(
                         f"write to {_summary(writes)}: PocketBase takes no request of about "
                         f"{writes[0].size:,} bytes; nothing written"
                     ),
@@ -379,6 +428,8 @@ class Committer:
                 remaining = iter(replies)
                 for write in writes:
                     self._succeed(write, [next(remaining) for _ in write.operations])
+            finally:
+                self.counters.retries += self.path.retries - retries
             break
         return beaten
 

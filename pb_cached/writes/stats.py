@@ -39,6 +39,8 @@ class WriteStats(Struct, frozen=True, kw_only=True):
     """Writes that failed alone: PocketBase refused them."""
     attempts_more: int
     """Commits that had to be made anew without what was refused, or in parts."""
+    retries: int
+    """Requests that were sent again: PocketBase was busy or not there, an answer was lost, or a token was dead."""
     unknown: int
     """Commits of which nobody knows whether they were applied."""
 
@@ -48,7 +50,7 @@ class WriteCounters:
 
     def __init__(self) -> None:
         self.writes = self.records = self.bytes = self.commits = 0
-        self.refused = self.attempts_more = self.unknown = 0
+        self.refused = self.attempts_more = self.retries = self.unknown = 0
         self.sizes: deque[int] = deque(maxlen=SAMPLES)
         self.commit_seconds: deque[float] = deque(maxlen=SAMPLES)
         self.write_seconds: deque[float] = deque(maxlen=SAMPLES)
@@ -95,6 +97,7 @@ def summary(path: str, queued: int, queued_bytes: int, counters: Sequence[WriteC
         write_seconds_p99=_quantile(write, 0.99),
         refused=total("refused"),
         attempts_more=total("attempts_more"),
+        retries=total("retries"),
         unknown=total("unknown"),
     )
 

@@ -7,14 +7,15 @@ outcome is known.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
-from pb_cached.errors import PBCachedError, SchemaError
+from pb_cached.errors import PBCachedError, RequestRejected, SchemaError
 from pb_cached.pocketbase.client import Answer, PocketBaseClient, Unreached, Verdict, by_status, refused
+from pb_cached.pocketbase.commit import trimming
 from pb_cached.pocketbase.commit.interface import (
     Operation,
     Refused,
@@ -25,16 +26,16 @@ from pb_cached.pocketbase.commit.interface import (
 )
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.commit.triggers import FENCED
-from pb_cached.pocketbase.dialect import Dialect, batch_switched_on_again, is_batch_off
+from pb_cached.pocketbase.dialect import (
+    FEWEST_REQUESTS,
+    Dialect,
+    batch_opened_again,
+    batch_requests_allowed,
+    is_batch_off,
+)
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.schema import CollectionSpec, SchemaEditor
 from pb_cached.pocketbase.sql import Sql
-
-TRIM_PAGE: Final = 500
-"""Log records deleted by one request where there is no SQL."""
-
-_LONG: Final = b"validation_length_too_long"
-"""More requests than PocketBase allows in a batch: somebody has lowered the number since we asked."""
 
 
 class _Result(Struct):
@@ -70,7 +71,10 @@ class _Ids(Struct):
 
 
 class BatchPath:
-    """One commit at a time. Compares no revisions: of two servers that update a column at once, the last wins."""
+    """One commit at a time. Compares no revisions: of two servers that update a column at once, the last wins.
+
+    Mutable state: `max_operations`, lowered where PocketBase allows fewer; `retries`.
+    """
 
     name: Final = "batch"
     mixes: Final = True
@@ -84,6 +88,7 @@ class BatchPath:
         self._schema = schema
         self._spec = log
         self._log = log.name
+        self.retries = 0
         self.receipts = Receipts(client, log.name, server)
         self.max_operations = max(1, dialect.batch.max_requests - 1)
         self.max_bytes = dialect.batch.max_bytes - 4096
@@ -103,7 +108,13 @@ class BatchPath:
         end = time.monotonic() + deadline
         try:
             answer = await self._client.send(
-                "POST", "/api/batch", body=body, repeatable=True, verdict=batch_verdict, deadline=deadline
+                "POST",
+                "/api/batch",
+                body=body,
+                repeatable=True,
+                verdict=batch_verdict,
+                deadline=deadline,
+                repeated=self._repeated,
             )
         except Unreached as error:
             if not error.unanswered:
@@ -113,8 +124,6 @@ class BatchPath:
             self.receipts.take(n, receipt)
             return [Reply(bytes(result.body)) for result in _results.decode(answer.content)[1:]]
         index, inner = culprit(answer)
-        if answer.status == 413 or (index is None and _LONG in answer.content):
-            raise TooLarge
         if answer.in_doubt or (index == 0 and inner.status == 400):  # else it was refused for who we are, or where
             try:
                 if await self.receipts.settled(receipt, answer.in_doubt, end):
@@ -122,8 +131,14 @@ class BatchPath:
                     return await self._read_back(operations, end)
             except PBCachedError as error:
                 raise self.receipts.unknown(n, len(operations)) from error
+        if answer.status == 413:
+            raise TooLarge
+        if (most := batch_requests_allowed(answer)) is not None:
+            if await self._adapted(most) and time.monotonic() < end:
+                return await self.commit(operations, deadline=left(end))
+            raise TooLarge(too_few_requests(self._client.url, most))
         if is_batch_off(answer) and time.monotonic() < end:
-            if (refusal := await batch_switched_on_again(self._client, self._dialect)) is not None:
+            if (refusal := await batch_opened_again(self._client, self._dialect, "switched off")) is not None:
                 raise refusal
             return await self.commit(operations, deadline=left(end))
         if index is None or not 0 < index <= len(operations):
@@ -131,14 +146,16 @@ class BatchPath:
         operation = operations[index - 1]
         raise Refused({index - 1: refused(inner, operation.what)})
 
-    async def trim(self, before: float) -> None:
+    async def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
+        """Its records hold nothing, so their bytes need not be looked at."""
         oldest = first_id_at(before)
         if self._dialect.sql:  # raises no events that every follower would have to read
-            await Sql(self._client).change(f"DELETE FROM `{self._log}` WHERE id<'{oldest}'")
+            async for _ in trimming.delete(Sql(self._client), self._log, f"id<'{oldest}'"):
+                yield
             return
-        path = records_path(self._log)
-        count = min(TRIM_PAGE, self.max_operations)
+        path, step = records_path(self._log), trimming.Step()
         while True:
+            count = min(step.records, self.max_operations)
             params: dict[str, str | int] = {
                 "filter": f"id < '{oldest}'", "sort": "id", "perPage": count, "skipTotal": 1,
             }  # fmt: skip
@@ -146,11 +163,33 @@ class BatchPath:
             if found:
                 deletions = [_request(Operation("DELETE", self._log, item.id)) for item in found]
                 body = b'{"requests":[' + b",".join(deletions) + b"]}"
+                begun = time.monotonic()
                 answer = await self._client.send("POST", "/api/batch", body=body, verdict=batch_verdict)
+                step.took(time.monotonic() - begun)
                 if not answer.ok:  # another server is trimming too
                     return
             if len(found) < count:
                 return
+            yield
+
+    def _repeated(self) -> None:
+        self.retries += 1
+
+    async def _adapted(self, most: int) -> bool:
+        """So many requests PocketBase takes in a batch now, and commits hold no more from now on. Where that
+        leaves no room, it takes as many as before, if we may make it: tells whether we could.
+
+        Raises:
+            RequestRejected: there is no room, and nothing that we may do.
+        """
+        if most < FEWEST_REQUESTS:
+            refusal = await batch_opened_again(self._client, self._dialect, f"limited to {most} requests")
+            if refusal is None:
+                return True
+            if most < 2:
+                raise refusal
+        self.max_operations = most - 1
+        return False
 
     async def _read_back(self, operations: Sequence[Operation], end: float) -> list[Reply]:
         """The replies of a commit whose answer was lost: the records as they are now, which is at least as new."""
@@ -182,6 +221,15 @@ class BatchPath:
 def _request(operation: Operation) -> bytes:
     head = f'{{"method":"{operation.method}","url":"{operation.path}"'.encode()
     return head + (b',"body":' + operation.body if operation.body else b"") + b"}"
+
+
+def too_few_requests(url: str, most: int) -> RequestRejected:
+    """The error for a write that takes a longer batch than PocketBase allows."""
+    return RequestRejected(
+        f"commit: a write takes more than the {most} requests that PocketBase at {url} allows in a batch now; "
+        "nothing was written. Allow more in its dashboard (Settings, Application, Batch API)",
+        status=400,
+    )
 
 
 def batch_verdict(answer: Answer) -> Verdict:

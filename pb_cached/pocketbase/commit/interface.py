@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
 from msgspec import Struct
@@ -77,6 +77,14 @@ class Refused(Exception):
 class TooLarge(Exception):
     """PocketBase takes no request of this size. Nothing of it was applied."""
 
+    def __init__(self, error: RequestRejected | None = None) -> None:
+        """
+        Args:
+            error: for a write that cannot be made smaller; None where its documents are too large.
+        """
+        super().__init__(str(error or ""))
+        self.error = error
+
 
 class Unexplained(Exception):
     """PocketBase refused the commit, and nothing tells why. Nothing of it was applied."""
@@ -103,6 +111,11 @@ class CommitPath(Protocol):
     @property
     def max_bytes(self) -> int: ...
 
+    @property
+    def retries(self) -> int:
+        """Requests of commits that were sent again."""
+        ...
+
     async def prepare(self) -> None:
         """See to it that the log is there, and as it must be.
 
@@ -127,6 +140,10 @@ class CommitPath(Protocol):
         """
         ...
 
-    async def trim(self, before: float) -> None:
-        """Forget the records of commits made before that time (seconds since the epoch)."""
+    def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
+        """Forget the records of commits made before that time (seconds since the epoch), and of the others, beyond
+        so many bytes, what they hold; None: their bytes are not looked at.
+
+        Goes on from one step to the next, none of which keeps PocketBase's other writers waiting for long.
+        """
         ...

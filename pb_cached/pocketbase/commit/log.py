@@ -5,13 +5,14 @@ was built on, and where that is not what the record has, the commit is refused. 
 
 PocketBase refuses a commit as a whole, and mostly without a reason. So what the commit touches is looked at:
 revisions, then what must be unique, then the triggers themselves. What none of that explains is halved by the
-committer.
+committer, and so is what cannot be looked at: that a look fails is nobody's blame.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -20,6 +21,7 @@ from msgspec import Struct
 from pb_cached.errors import (
     CollectionNotFound,
     PBCachedError,
+    PocketBaseUnavailable,
     RecordNotFound,
     RequestRejected,
     SchemaError,
@@ -34,8 +36,8 @@ from pb_cached.pocketbase.client import (
     missing_collection,
     refused,
 )
-from pb_cached.pocketbase.commit import triggers
-from pb_cached.pocketbase.commit.batch import batch_verdict, culprit
+from pb_cached.pocketbase.commit import triggers, trimming
+from pb_cached.pocketbase.commit.batch import batch_verdict, culprit, too_few_requests
 from pb_cached.pocketbase.commit.installation import Installation
 from pb_cached.pocketbase.commit.interface import (
     Operation,
@@ -45,18 +47,23 @@ from pb_cached.pocketbase.commit.interface import (
     TooLarge,
     Unexplained,
     left,
-    records_path,
 )
+from pb_cached.pocketbase.commit.looks import multi_gets
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.commit.triggers import CommitLayout
 from pb_cached.pocketbase.commit.uniques import violations
-from pb_cached.pocketbase.dialect import Dialect, batch_switched_on_again, is_batch_off
+from pb_cached.pocketbase.dialect import Dialect, batch_opened_again, batch_requests_allowed, is_batch_off
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.sql import Sql
 
 _FIELDS: Final = "?fields=id,stale"
 """All that we want to see of what we have sent. A log without the last of them has no triggers yet."""
-_IDS_PER_FILTER: Final = 100
+_LOOKS: Final = (0.02, 0.1)
+"""Seconds between attempts to look at what a refused commit touches, where PocketBase answers with an error."""
+_SHARE_OF_LOOKS: Final = 0.25
+"""Of the time that a commit has left: its parts need the rest."""
+_LEAST_FOR_LOOKS: Final = 1.0
+"""Seconds."""
 _SECTIONS: Final = {"POST": b"c", "PATCH": b"u", "DELETE": b"d"}
 
 
@@ -89,12 +96,14 @@ class _Result(Struct):
 _created: Final = msgspec.json.Decoder(_Created)
 _fields: Final = msgspec.json.Decoder(_Fields)
 _results: Final = msgspec.json.Decoder(list[_Result])
+_rows: Final = msgspec.json.Decoder(_Rows)
 
 
 class LogPath:
     """One commit at a time.
 
-    Mutable state: `_layouts`, by their keys; `_batches`, whether the batch API is open to us.
+    Mutable state: `_layouts`, by their keys; `_most_requests`, how many the batch API takes, 0 where it is closed
+    to us; `retries`.
     """
 
     name: Final = "log"
@@ -110,12 +119,13 @@ class LogPath:
         self._log = log
         self.receipts = Receipts(client, log, server)
         self._installation = installation
+        self.retries = 0
         self._layouts: dict[str, CommitLayout] = {}
-        self._batches = dialect.batch is not None
+        self._most_requests = dialect.batch.max_requests if dialect.batch else 0
 
     @property
     def mixes(self) -> bool:
-        return self._batches
+        return len(self._layouts) <= max(1, self._most_requests)
 
     async def prepare(self) -> None:
         """See to it that the log is there.
@@ -144,20 +154,35 @@ class LogPath:
             answer = await self._attempt(operations, end)
             if answer is None:
                 return [Reply(b"" if operation.method == "DELETE" else None) for operation in operations]
-            blamed = await self._blamed(answer, operations)
-            if blamed:
-                raise Refused(blamed)
-            if repaired or not await self._installation.repair():
+            unseen: Exception | None = None
+            try:
+                async with asyncio.timeout(_for_looks(end)):
+                    if blamed := await self._looked(answer, operations):
+                        raise Refused(blamed)
+            except (PBCachedError, TimeoutError) as error:
+                unseen = error
+            if repaired or not await self._mended(end):
                 break
             repaired = True
-        raise await self._unexplained(answer, operations)
+        raise await self._unexplained(answer, operations, unseen)
 
-    async def trim(self, before: float) -> None:
+    async def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
         """By SQL, as every deletion of PocketBase's own would send the record to all followers. Where we may not,
-        the log is left to those who may."""
-        if self._dialect.sql:
-            at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(before))
-            await Sql(self._client).change(*triggers.trim(self._log, first_id_at(before), at))
+        the log is left to those who may. The record that bars the log stays."""
+        if not self._dialect.sql:
+            return
+        sql = Sql(self._client)
+        async for _ in trimming.delete(sql, self._log, f"id<'{first_id_at(before)}' AND guard<>''"):
+            yield
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(before))
+        async for _ in trimming.delete(sql, triggers.EDITS, f"at<'{at}'", "n"):
+            yield
+        if most_bytes is not None:
+            async for _ in trimming.empty(sql, self._log, most_bytes):
+                yield
+
+    def _repeated(self) -> None:
+        self.retries += 1
 
     async def _attempt(self, operations: Sequence[Operation], end: float) -> Answer | None:
         """Send the commit, until it is known whether it was applied. None where it was; else the refusal."""
@@ -175,6 +200,7 @@ class LogPath:
                 repeatable=True,
                 verdict=batch_verdict if len(entries) > 1 else _verdict,
                 deadline=left(end),
+                repeated=self._repeated,
             )
         except Unreached as error:
             if not error.unanswered:
@@ -195,19 +221,34 @@ class LogPath:
                 raise self.receipts.unknown(last, len(operations)) from error
         if answer.status == 413:
             raise TooLarge
-        if len(entries) > 1 and is_batch_off(answer) and time.monotonic() < end:
-            if (refusal := await batch_switched_on_again(self._client, self._dialect)) is not None:
-                self._batches = False
-                raise Unexplained(refusal)  # the operations of one layout can do without it
-            return await self._attempt(operations, end)
+        if len(entries) > 1 and time.monotonic() < end:
+            if is_batch_off(answer):
+                return await self._attempt_again(operations, end, 0, "switched off")
+            if (most := batch_requests_allowed(answer)) is not None:
+                return await self._attempt_again(operations, end, most, f"limited to {most} requests")
         return answer
+
+    async def _attempt_again(
+        self, operations: Sequence[Operation], end: float, most: int, was: str
+    ) -> Answer | None:
+        """`_attempt`, after the batch API was closed to us, or limited to so many requests. Where it stays so,
+        commits hold the operations of one layout from now on, which can do without it."""
+        if most < 2:
+            if (refusal := await batch_opened_again(self._client, self._dialect, was)) is None:
+                return await self._attempt(operations, end)
+            self._most_requests = 0
+            raise Unexplained(refusal)
+        self._most_requests = most
+        raise Unexplained(too_few_requests(self._client.url, most))
 
     def _entries(self, receipt: str, operations: Sequence[Operation]) -> list[bytes]:
         """The records of a commit, one for each layout; the first has the receipt."""
         by_layout: dict[str, list[Operation]] = {}
         for operation in operations:
             by_layout.setdefault(operation.layout, []).append(operation)
-        if len(by_layout) > 1 and not self.mixes:
+        if 1 < self._most_requests < len(by_layout):
+            raise Unexplained(too_few_requests(self._client.url, self._most_requests))
+        if self._most_requests < 2 <= len(by_layout):
             raise Unexplained(
                 RequestRejected(
                     "commit: what concerns several collections takes PocketBase's batch API, which is off; "
@@ -228,6 +269,23 @@ class LogPath:
         return f'{{"method":"POST","url":"{self.receipts.path}{_FIELDS}","body":'.encode() + entry + b"}"
 
     # refusals
+
+    async def _mended(self, end: float) -> bool:
+        """Was the installation not as it must be, and is it now?"""
+        try:
+            async with asyncio.timeout(_for_looks(end)):
+                return await self._installation.repair()
+        except (PocketBaseUnavailable, TimeoutError):
+            return False
+
+    async def _looked(self, answer: Answer, operations: Sequence[Operation]) -> Mapping[int, Refusal]:
+        """`_blamed`, tried a few times."""
+        for pause in _LOOKS:
+            try:
+                return await self._blamed(answer, operations)
+            except PBCachedError:
+                await asyncio.sleep(pause)
+        return await self._blamed(answer, operations)
 
     async def _blamed(self, answer: Answer, operations: Sequence[Operation]) -> Mapping[int, Refusal]:
         """The operations that the commit was refused for, as far as looking at PocketBase tells."""
@@ -287,20 +345,12 @@ class LogPath:
         return blamed
 
     async def _revs(self, collection: str, record_ids: Sequence[str]) -> dict[str, int]:
-        revs: dict[str, int] = {}
-        for start in range(0, len(record_ids), _IDS_PER_FILTER):
-            some = record_ids[start : start + _IDS_PER_FILTER]
-            params: dict[str, str | int] = {
-                "filter": " || ".join(f"id = '{id_}'" for id_ in some),
-                "fields": "id,rev",
-                "perPage": len(some),
-                "skipTotal": 1,
-            }
-            content = await self._client.call("GET", records_path(collection), params=params)
-            revs |= {row.id: row.rev for row in msgspec.json.decode(content, type=_Rows).items}
-        return revs
+        contents = await multi_gets(self._client, collection, record_ids, ("id", "rev"))
+        return {row.id: row.rev for content in contents for row in _rows.decode(content).items}
 
-    async def _unexplained(self, answer: Answer, operations: Sequence[Operation]) -> Exception:
+    async def _unexplained(
+        self, answer: Answer, operations: Sequence[Operation], unseen: Exception | None
+    ) -> Exception:
         codes = _codes(answer)
         if answer.status == 404 or triggers.BARRED in codes:
             return SchemaError(
@@ -311,6 +361,13 @@ class LogPath:
         error = await self._client.rejection(answer, "commit")
         if answer.status != 400 or not isinstance(error, RequestRejected):
             return error
+        if unseen is not None:
+            reason = str(unseen) or "no answer in time"
+            error = RequestRejected(
+                f"{error}; what it was refused for could not be looked at: {reason}. Nothing was written",
+                status=error.status,
+                codes=error.codes,
+            )
         return Unexplained(error)
 
 
@@ -339,6 +396,11 @@ def _codes(answer: Answer) -> Mapping[str, str]:
         return {}
     error = refused(answer, "commit")
     return error.codes if isinstance(error, RequestRejected) else {}
+
+
+def _for_looks(end: float) -> float:
+    """Seconds that may be spent on finding out why a commit was refused, of those that are left until `end`."""
+    return min(left(end), max(_LEAST_FOR_LOOKS, _SHARE_OF_LOOKS * left(end)))
 
 
 def _stale(operation: Operation) -> StaleRevision:

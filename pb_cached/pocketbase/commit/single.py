@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 from pb_cached.errors import CollectionNotFound, DocumentTooLarge, OutcomeUnknown, RequestRejected
@@ -22,6 +22,7 @@ class SinglePath:
 
     def __init__(self, client: PocketBaseClient) -> None:
         self._client = client
+        self.retries = 0
 
     async def prepare(self) -> None:
         """There is no log."""
@@ -39,8 +40,13 @@ class SinglePath:
                 raise Refused({index: error}) from error
         return replies
 
-    async def trim(self, before: float) -> None:
+    async def trim(self, before: float, most_bytes: int | None) -> AsyncGenerator[None]:
         """There is no log."""
+        return
+        yield
+
+    def _repeated(self) -> None:
+        self.retries += 1
 
     async def _apply(self, operation: Operation, deadline: float) -> Reply:
         what = operation.what
@@ -51,6 +57,7 @@ class SinglePath:
                 body=operation.body or None,
                 repeatable=operation.method == "POST",  # its id can be created only once
                 deadline=deadline,
+                repeated=self._repeated,
             )
         except Unreached as error:
             if not error.unanswered:

@@ -289,15 +289,6 @@ def passed(log: str) -> str:
     return f"UPDATE `{log}` SET guard=id WHERE guard=''"
 
 
-def trim(log: str, before_id: str, before: str) -> list[str]:
-    """The statements that forget old commits, all but the one that bars the log; and what others have edited
-    before that time."""
-    return [
-        f"DELETE FROM `{log}` WHERE id<'{before_id}' AND guard<>''",
-        f"DELETE FROM {EDITS} WHERE n IN (SELECT n FROM {EDITS} WHERE at<'{before}' ORDER BY n LIMIT 10000)",
-    ]
-
-
 def removal(log: str, found: Found) -> list[str]:
     """The statements that take our triggers away from a log. The data stays, and so does the bar: a server that is
     still at work would else write where nothing applies it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -12,18 +12,28 @@ from msgspec import Struct
 from pb_cached.errors import UniqueViolation
 from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.commit.interface import Operation, Refusal
+from pb_cached.pocketbase.commit.looks import multi_gets
 from pb_cached.pocketbase.commit.triggers import CommitLayout
 from pb_cached.pocketbase.sql import MOST_CHARACTERS, Sql, joined
 
 _UNIQUE: Final = re.compile(r"CREATE\s+UNIQUE\s+INDEX\b.*\((?P<columns>[^()]*)\)\s*\Z", re.IGNORECASE | re.DOTALL)
 _COLUMN: Final = re.compile(r"[`\"\[]?(?P<name>\w+)[`\"\]]?(?:\s+(?:ASC|DESC))?\Z", re.IGNORECASE)
 
+_DEFAULTS: Final[Mapping[str, Any]] = {"''": "", "0": 0, "FALSE": False}
+"""What the literals of a layout's slots stand for."""
+
 Key = tuple[Any, ...]
 Columns = tuple[str, ...]
+Values = Mapping[str, Any]
+"""By columns."""
 
 
 class _Collection(Struct):
     indexes: list[str] = []
+
+
+class _Records(Struct):
+    items: list[dict[str, Any]]
 
 
 async def violations(
@@ -32,18 +42,25 @@ async def violations(
     """The operations that would leave two records with what must be unique: those that find it taken, and of the
     others all whose key one before them has that is not to blame itself.
 
-    Updates that name but a part of an index's columns are not looked at.
+    Where an update names but a part of an index's columns, the others are in its record.
     """
     blamed: dict[int, Refusal] = {}
     deleted = {operation.record_id for operation in operations if operation.method == "DELETE"}
     claims: list[tuple[str, Columns, dict[int, Key]]] = []
     for collection in dict.fromkeys(operation.collection for operation in operations):
+        named = {
+            index: _named(operation, layouts[operation.layout])
+            for index, operation in enumerate(operations)
+            if operation.collection == collection and operation.method != "DELETE"
+        }
         for columns in await _unique_indexes(client, collection):
+            concerned = {index: values for index, values in named.items() if not values.keys().isdisjoint(columns)}
+            part = [operations[index] for index, values in concerned.items() if not values.keys() >= set(columns)]
+            stored = await _stored(client, collection, part, columns)
             wanted = {
                 index: key
-                for index, operation in enumerate(operations)
-                if operation.collection == collection
-                and (key := _key(operation, layouts[operation.layout], columns)) is not None
+                for index, values in concerned.items()
+                if (key := _key({**stored.get(operations[index].record_id, {}), **values}, columns)) is not None
             }
             claims.append((collection, columns, wanted))
             for index in await _taken(client, collection, columns, wanted, operations, deleted):
@@ -75,21 +92,35 @@ async def _unique_indexes(client: PocketBaseClient, collection: str) -> list[Col
     return found
 
 
-def _key(operation: Operation, layout: CommitLayout, columns: Sequence[str]) -> Key | None:
-    """What an operation wants these columns to hold; None where it does not say."""
-    if operation.method == "DELETE":
-        return None
+def _named(operation: Operation, layout: CommitLayout) -> Values:
+    """What an operation wants columns to hold: those that it names, and of an insert the others too."""
     body = msgspec.json.decode(operation.body)
-    values = body[1 if operation.method == "POST" else 2 :]
-    places = {slot.column: place for place, slot in enumerate(layout.slots)}
-    key = []
-    for column in columns:
-        place = places.get(column)
-        value = values[place] if place is not None and place < len(values) else None
-        if value is None:
-            return None
-        key.append(value)
-    return tuple(key)
+    if operation.method == "POST":
+        return {
+            slot.column: _DEFAULTS.get(slot.default) if value is None else value
+            for slot, value in zip(layout.slots, body[1:], strict=True)
+        }
+    return {slot.column: value for slot, value in zip(layout.slots, body[2:], strict=False) if value is not None}
+
+
+async def _stored(
+    client: PocketBaseClient, collection: str, updates: Sequence[Operation], columns: Sequence[str]
+) -> dict[str, Values]:
+    """What these columns of the updates' records hold, by record. Of a record that has been changed since the
+    update was built nothing is told, as it is not for that that it was refused."""
+    revs = {operation.record_id: operation.rev for operation in updates if operation.method == "PATCH"}
+    found: dict[str, Values] = {}
+    for content in await multi_gets(client, collection, list(revs), ("id", "rev", *columns)):
+        for record in msgspec.json.decode(content, type=_Records).items:
+            if record["rev"] == revs[record["id"]]:
+                found[record["id"]] = record
+    return found
+
+
+def _key(values: Values, columns: Iterable[str]) -> Key | None:
+    """What these columns are to hold; None where that is not known of all."""
+    key = tuple(values.get(column) for column in columns)
+    return None if None in key else key
 
 
 async def _taken(
