@@ -20,19 +20,21 @@ from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import identity_loader_for
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.cache import collection as cached
 from pb_cached.coherence import Follower, feed, logs
 from pb_cached.coherence import follower as following
 from pb_cached.coherence.feed import now
 from pb_cached.coherence.stats import CoherenceStats
 from pb_cached.collection import PocketBaseDocumentCollection
-from pb_cached.config import CoherenceSettings, CollectionSettings
-from pb_cached.errors import SchemaError
+from pb_cached.config import CoherenceSettings, CollectionSettings, WriteSettings
+from pb_cached.errors import OutcomeUnknown, SchemaError
 from pb_cached.pocketbase.realtime import RealtimeStream, Timing
-from tests.faults import EVERY, FaultProxy, Valve, answer, delay
+from tests.faults import EVERY, FaultProxy, Gate, Valve, Withheld, answer, delay
 
 MAX_STALENESS = 1.0
 HEARTBEAT = 0.2
 SOON = 20.0
+BRIEF = 0.2
 NOTES = {"notes": CollectionSettings(partition_by="topic", sequence="number", log=True)}
 """A log of its own, beside the one by which beats go."""
 
@@ -174,7 +176,7 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(following, "RealtimeStream", partial(RealtimeStream, timing=Timing(overlap=0.1)))
     async with AsyncExitStack() as stack:
 
-        async def open_one(prefix: str = "follower", schema: type[Any] = Note) -> Server:
+        async def open_one(prefix: str = "follower", schema: type[Any] = Note, deadline: float = 30.0) -> Server:
             proxy = await stack.enter_async_context(FaultProxy(pocketbase.url))
             http = await stack.enter_async_context(httpx.AsyncClient(timeout=10))
             lines: list[logging.LogRecord] = []
@@ -183,6 +185,7 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
             config = Config(
                 coherence=CoherenceSettings("realtime", MAX_STALENESS, HEARTBEAT, audit_interval=0),
                 collections=NOTES,
+                writes=WriteSettings(deadline=deadline),
             )
             params = pocketbase.connection_params | {"url": proxy.url}
             database = await stack.enter_async_context(
@@ -383,6 +386,80 @@ async def test_what_another_version_moves_comes_to_where_it_is_moved(
     await one.caches(topic)
     await newer.notes.update_one({"id": {"$eq": document["id"]}}, {"topic": topic})
     await one.shows(topic, "text 0")
+
+
+# our own commits, whose answers do not come
+
+
+async def given_up(server: Server, topic: str) -> Gate:
+    """Have a server give up a write that is on its way, and return what holds that up. The server caches the topic
+    again, which holds `text 0`; the write is to make it `late`."""
+    document = note(topic, 0)
+    await server.notes.insert_one(document)
+    await server.caches(topic)
+    gate = Gate()
+    server.proxy.plan("POST", f"/api/collections/{server.log}/records?", gate, at=EVERY)
+    with pytest.raises(OutcomeUnknown):
+        await server.notes.update_one({"id": {"$eq": document["id"]}}, {"text": "late"})
+    server.proxy.forget_plans()
+    await asyncio.sleep(BRIEF)  # how long what may yet change is not cached
+    await server.caches(topic)
+    return gate
+
+
+@pytest.fixture
+def avoids_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "AVOIDED_SECONDS", BRIEF)
+
+
+@pytest.mark.usefixtures("avoids_briefly")
+async def test_a_commit_of_ours_that_arrives_when_it_was_given_up_is_shown(
+    open_server: OpenServer, topic: str
+) -> None:
+    one = await open_server(deadline=0.3)
+    gate = await given_up(one, topic)
+    before = one.reads
+    gate.open()
+    await one.shows(topic, "late")
+    assert one.reads == before
+
+
+@pytest.mark.usefixtures("avoids_briefly")
+async def test_a_commit_of_ours_that_arrives_in_a_gap_is_read_back(
+    open_server: OpenServer, other: Server, topic: str
+) -> None:
+    one = await open_server(deadline=0.3)
+    gate = await given_up(one, topic)
+    before = one.reads
+    async with one.proxy.down():
+        await until(lambda: one.coherence.state == "lost", lambda: one.coherence)
+        gate.open()
+        await other.shows(topic, "late")
+    await one.follows()
+    assert await one.texts(topic) == ["late"]
+    assert one.reads == before
+
+
+async def test_what_is_committed_is_shown_though_its_answer_does_not_come(one: Server, topic: str) -> None:
+    await one.notes.insert_one(note(topic, 0))
+    await one.caches(topic)
+    before, withheld = one.reads, Withheld()
+    one.proxy.plan("POST", f"/api/collections/{one.log}/records?", withheld)
+    writing = asyncio.create_task(one.notes.update_one({"topic": {"$eq": topic}}, {"text": "new"}))
+    await one.shows(topic, "new")
+    assert not writing.done()
+    withheld.open()
+    await writing
+    assert await one.texts(topic) == ["new"]
+    assert one.reads == before
+
+
+async def test_our_commits_are_applied_once_where_their_answers_come(one: Server, topic: str) -> None:
+    before = one.coherence.commits
+    for number in range(20):
+        await one.notes.insert_one(note(topic, number))
+    await asyncio.sleep(2 * feed.PATIENCE)
+    assert one.coherence.commits == before
 
 
 # a stream that fails

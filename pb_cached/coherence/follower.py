@@ -266,11 +266,29 @@ class Follower:
         if entry.n <= 0:
             return
         self._seen[feed.log] = entry.id, time.monotonic()
-        if entry.server != self.server:  # of ours, the caches were told with the answer
-            for due in feed.arrived(entry):
-                self._apply(feed, due)
-            if feed.is_waiting or feed.behind_since is not None:
-                self._changed.set()
+        if entry.server == self.server:
+            self._own_arrived(feed, entry)
+            return
+        for due in feed.arrived(entry):
+            self._apply(feed, due)
+        if feed.is_waiting or feed.behind_since is not None:
+            self._changed.set()
+
+    def _own_arrived(self, feed: Feed, entry: Entry) -> None:
+        """Mostly the answer is as good as here, and tells the caches. It may be lost though, be asked for until
+        the deadline, and be given up: then our commit is to us what another server's is."""
+        receipts = self._logs[feed.log].receipts
+        if receipts.is_known(entry.n):
+            return
+        if entry.n > receipts.last and feed.behind_since is None:
+            asyncio.get_running_loop().call_later(PATIENCE, self._apply_untold, feed, entry)
+        else:  # late: it was given up; or read back after a gap, when nothing may be answered without it
+            self._apply(feed, entry)
+
+    def _apply_untold(self, feed: Feed, entry: Entry) -> None:
+        """PocketBase has a commit of ours. Has its answer still not come?"""
+        if not self._logs[feed.log].receipts.is_known(entry.n):
+            self._apply(feed, entry)
 
     def _beat_arrived(self, feed: Feed, entry: Entry) -> None:
         feed.came(entry.created)

@@ -20,13 +20,15 @@ class Receipts:
     """The receipts of one server's commits to one log, one commit at a time.
 
     `n` numbers them without gaps: 1, 2, 3 and so on. Mutable state: `_taken`, the last `n` that is taken, or may
-    be; `acknowledged`, the last receipt that PocketBase had, and when that was known, by the monotonic clock.
+    be, and `_unknown`, those of them of which nobody knows; `acknowledged`, the last receipt that PocketBase had,
+    and when that was known, by the monotonic clock.
     """
 
     def __init__(self, client: PocketBaseClient, log: str, server: str) -> None:
         self._client = client
         self._server = server
         self._taken = 0
+        self._unknown: set[int] = set()
         self.acknowledged: tuple[str, float] | None = None
         self.path = records_path(log)
 
@@ -39,6 +41,10 @@ class Receipts:
     def last(self) -> int:
         """The last number that is taken, or may be."""
         return self._taken
+
+    def is_known(self, n: int) -> bool:
+        """Has PocketBase's answer told that it has the commit of this number?"""
+        return n <= self._taken and n not in self._unknown
 
     def take(self, n: int, receipt: str = "") -> None:
         """The numbers up to this one are taken, by a commit of this receipt if there is one."""
@@ -76,6 +82,7 @@ class Receipts:
     def unknown(self, n: int, writes: int) -> OutcomeUnknown:
         """The error for a commit of which nothing could be learned. Its number counts as taken: a gap in the
         numbers can be looked into, two commits of one number cannot."""
+        self._unknown.update(range(self.next, n + 1))
         self.take(n)
         return OutcomeUnknown(
             f"{writes} writes were sent to PocketBase at {self._client.url}, but it could not be learned "
