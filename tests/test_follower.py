@@ -23,7 +23,8 @@ from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
 from pb_cached.cache import collection as cached
 from pb_cached.coherence import Follower, feed, logs
 from pb_cached.coherence import follower as following
-from pb_cached.coherence.feed import now
+from pb_cached.coherence.entries import Entry
+from pb_cached.coherence.feed import Feed, now
 from pb_cached.coherence.stats import CoherenceStats
 from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CoherenceSettings, CollectionSettings, WriteSettings
@@ -288,6 +289,48 @@ async def test_a_beat_tells_of_a_commit_that_nothing_follows(one: Server, other:
     assert other.coherence.gaps == 1
 
 
+@pytest.mark.parametrize("is_followed", [True, False], ids=["by another number", "by a beat"])
+async def test_the_first_numbers_of_a_server_that_has_just_begun_are_missed(
+    open_server: OpenServer, topic: str, prefix: str, is_followed: bool
+) -> None:
+    other = await open_server(prefix)
+    await other.caches(topic)
+    # Also the beats, until there is something to tell.
+    other.tap.lost = lambda _, record: record.get("server") != other.id and record.get("n") != 3
+    one = await open_server(prefix)
+    for number in range(2 + is_followed):
+        await one.notes.insert_one(note(topic, number))
+    if not is_followed:
+        other.tap.lost = lambda _, record: record.get("n", 0) > 0
+    await other.shows(topic, *(f"text {number}" for number in range(2 + is_followed)))
+    assert other.coherence.gaps > 0
+    await other.caches(topic)
+
+
+async def test_of_an_old_server_only_what_it_commits_now_is_looked_up(
+    one: Server, open_server: OpenServer, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "OVERLAP", 0.0)
+    for number in range(20):
+        await one.notes.insert_one(note(topic, number))
+    await asyncio.sleep(0.1)
+    other = await open_server()
+    read = list[int]()
+    arrived = other.follower._arrived
+
+    def arriving(feed: Feed, entry: Entry) -> None:
+        read.append(entry.n)
+        arrived(feed, entry)
+
+    monkeypatch.setattr(other.follower, "_arrived", arriving)
+    other.tap.lose_commits()
+    await one.notes.insert_one(note(topic, 20))
+    await one.notes.insert_one(note(topic, 21))
+    servers = other.follower._logs[other.log].feed._servers
+    await until(lambda: one.id in servers and servers[one.id].expected == 23, lambda: servers)
+    assert {n for n in read if n > 0} == {21, 22}
+
+
 async def test_all_numbers_of_a_long_gap_are_looked_up(
     one: Server, other: Server, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,9 +469,9 @@ async def test_a_commit_of_ours_that_arrives_when_it_was_given_up_is_shown(
 
 @pytest.mark.usefixtures("avoids_briefly")
 async def test_a_commit_of_ours_that_arrives_in_a_gap_is_read_back(
-    open_server: OpenServer, other: Server, topic: str
+    open_server: OpenServer, topic: str, prefix: str
 ) -> None:
-    one = await open_server(deadline=0.3)
+    one, other = await open_server(prefix, deadline=0.3), await open_server(prefix)
     gate = await given_up(one, topic)
     before = one.reads
     async with one.proxy.down():

@@ -30,7 +30,7 @@ from msgspec import Struct
 from pb_cached.coherence import entries
 from pb_cached.coherence.audit import Audit
 from pb_cached.coherence.changes import FollowedCollection
-from pb_cached.coherence.entries import BEAT, Entry, Gap
+from pb_cached.coherence.entries import BEAT, Beat, Entry, Gap
 from pb_cached.coherence.feed import PATIENCE, Feed, now
 from pb_cached.coherence.logs import Logs
 from pb_cached.coherence.stats import CoherenceCounters, CoherenceStats
@@ -218,6 +218,9 @@ class Follower:
 
     def connected(self, topics: frozenset[str]) -> None:
         self._covered = topics
+        for name, log in self._logs.items():
+            if f"{name}/*" in topics:
+                log.feed.subscribed()
         self._changed.set()
 
     def lost(self, reason: str) -> None:
@@ -293,10 +296,15 @@ class Follower:
     def _beat_arrived(self, feed: Feed, entry: Entry) -> None:
         feed.came(entry.created)
         if entry.server != self.server:
-            for name, last in entries.beat.decode(entry.payload).last.items():
-                if name in self._logs and self._logs[name].feed.beat(entry.server, last):
+            theirs = entries.beat.decode(entry.payload)
+            for name, last in theirs.last.items():
+                if (log := self._logs.get(name)) is None:
+                    continue
+                if log.feed.beat(entry.server, entry.created, last, theirs.after.get(name, "")):
                     self._changed.set()
             return
+        for log in self._logs.values():
+            log.receipts.heard = entry.created
         beat = self._sent.pop(entry.id, None)
         if beat is None or feed.behind_since is not None:
             return
@@ -304,7 +312,7 @@ class Follower:
         self._counters.lag(now() - beat.sent)
         for other in self._logs.values():
             if other.feed is feed or other.feed.is_proven:
-                other.feed.proven(beat.sent)
+                other.feed.proven(beat.sent, entry.created)
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             succeed(future, None)
@@ -483,13 +491,24 @@ class Follower:
         """Numbers are missing: read them, or learn that there are no such commits."""
         self._counters.gaps += 1
         losses = feed.losses
-        async for entry in self._pocketbase.numbered(feed.log, gap):
+        if feed.began is None:  # the log was made anew meanwhile
+            return
+        first = gap.first
+        async for entry in self._pocketbase.numbered(feed.log, gap, feed.began):
+            if losses != feed.losses:
+                return
             if not self._logs[feed.log].is_whole:  # so what else has not come?
                 self._clear(self._of(feed))
+            # Nothing is between it and the one before: else ever more would have to wait for their turn.
+            self._settle(feed, Gap(gap.server, first, entry.n - 1))
             self._arrived(feed, entry)
+            first = entry.n + 1
         if losses == feed.losses:
-            for due in feed.settle(gap):
-                self._apply(feed, due)
+            self._settle(feed, gap)
+
+    def _settle(self, feed: Feed, gap: Gap) -> None:
+        for due in feed.settle(gap):
+            self._apply(feed, due)
 
     # the task that beats
 
@@ -540,10 +559,14 @@ class Follower:
     async def _beat_by(self, log: str) -> None:
         feed, id_ = self._logs[log].feed, new_id()
         losses = feed.losses
-        last = {name: each.receipts.last for name, each in self._logs.items() if each.home == self._logs[log].home}
+        told = {name: each.receipts for name, each in self._logs.items() if each.home == self._logs[log].home}
+        content = Beat(
+            {name: receipts.last for name, receipts in told.items()},
+            {name: receipts.after for name, receipts in told.items()},
+        )
         beat = self._sent[id_] = _Beat(log, now())
         try:
-            if await self._pocketbase.beat(log, id_, last) and losses == feed.losses:
+            if await self._pocketbase.beat(log, id_, content) and losses == feed.losses:
                 beat.taken = now()
                 for name, each in self._logs.items():
                     if log in (name, each.home) and each.feed.behind_since is None:

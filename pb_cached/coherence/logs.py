@@ -50,9 +50,14 @@ class Logs:
         """The commits from a little before that time on."""
         return self._each(log, f"created >= '{_earlier(newest)}' && n > 0")
 
-    def numbered(self, log: str, gap: Gap) -> AsyncIterator[Entry]:
-        """The commits with these numbers, those that exist."""
-        return self._each(log, f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}")
+    def numbered(self, log: str, gap: Gap, began: tuple[str, float]) -> AsyncIterator[Entry]:
+        """The commits with these numbers, those that exist, in their order.
+
+        Args:
+            began: a time, and how many seconds before it those began that matter. What is older may be left out.
+        """
+        numbers = f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}"
+        return self._each(log, f"created >= '{_earlier(*began)}' && {numbers}")
 
     async def _each(self, log: str, where: str) -> AsyncIterator[Entry]:
         last = ""
@@ -73,7 +78,7 @@ class Logs:
         """Is this entry there?"""
         return (await self._client.send("GET", f"{records_path(log)}/{id_}")).ok
 
-    async def beat(self, log: str, id_: str, last: Mapping[str, int]) -> bool:
+    async def beat(self, log: str, id_: str, beat: Beat) -> bool:
         """Tell everybody that we are there, and our last numbers. False where the log took none."""
         content = {
             "id": id_,
@@ -81,7 +86,7 @@ class Logs:
             "n": 0,
             "layout": BEAT,
             "guard": id_,
-            "payload": msgspec.json.encode(Beat(last)).decode(),
+            "payload": msgspec.json.encode(beat).decode(),
         }
         body = msgspec.json.encode(content)
         return (await self._client.send("POST", records_path(log), body=body, repeatable=True)).ok
@@ -122,5 +127,5 @@ class Logs:
         return triggers.applies_to(triggers.Trigger(f"{triggers.NAMES}{layout}", table, text))
 
 
-def _earlier(time: str) -> str:
-    return (datetime.strptime(time, _TIME) - timedelta(seconds=OVERLAP)).strftime(_TIME)[:-4] + "Z"
+def _earlier(time: str, seconds: float = 0.0) -> str:
+    return (datetime.strptime(time, _TIME) - timedelta(seconds=seconds + OVERLAP)).strftime(_TIME)[:-4] + "Z"
