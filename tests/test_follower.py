@@ -627,6 +627,74 @@ async def test_a_collection_that_was_made_anew_is_another_one(
     await until(lambda: other.coherence.epochs >= 1, lambda: other.coherence)
 
 
+@pytest_asyncio.fixture
+async def watched(open_server: OpenServer, hand: httpx.AsyncClient, prefix: str) -> Server:
+    """A server whose collection has a person's attention, and nobody commits to it."""
+    server = cast(Server, await open_server(prefix))
+    await until(lambda: server._collection in server.follower._as_seen, lambda: server.follower._as_seen)
+    return server
+
+
+async def watches(hand: httpx.AsyncClient, server: Server) -> list[str]:
+    """The triggers that look after its collection."""
+    query = f"SELECT name FROM sqlite_master WHERE type='trigger' AND tbl_name='{server._collection}'"
+    answered = await hand.post("/api/sql", json={"query": query})
+    return [name for (name,) in answered.raise_for_status().json()["rows"]]
+
+
+async def test_a_collection_that_a_hand_has_made_anew_is_looked_after_again(
+    watched: Server, hand: httpx.AsyncClient, topic: str
+) -> None:
+    before = sorted(await watches(hand, watched))
+    path = f"/api/collections/{watched._collection}"
+    made = (await hand.get(path)).raise_for_status().json()
+    (await hand.delete(path)).raise_for_status()
+    anew = {key: made[key] for key in ("name", "type", "fields", "indexes")}
+    (await hand.post("/api/collections", json=anew)).raise_for_status()
+
+    async def has_them() -> bool:
+        return sorted(await watches(hand, watched)) == before
+
+    await until(has_them, lambda: "no triggers")
+    document = note(topic, 0)
+    await watched.notes.insert_one(document)
+    await edit(hand, watched, document, text="by hand")
+    assert (await record_of(hand, watched, document))["rev"] == 2
+    assert watched.said("lost its triggers") == 1
+
+
+async def test_what_was_changed_while_nothing_looked_after_a_collection_is_shown(
+    watched: Server, hand: httpx.AsyncClient, topic: str
+) -> None:
+    await watched.notes.insert_one(note(topic, 0))
+    await watched.caches(topic)
+    lost = await watches(hand, watched)
+    for name in lost:
+        await sql(hand, f"DROP TRIGGER {name}")
+    await sql(hand, f"UPDATE `{watched._collection}` SET text='by hand'")  # which raises no event
+    await watched.shows(topic, "by hand")
+    assert sorted(await watches(hand, watched)) == sorted(lost)
+    await watched.caches(topic)
+
+
+async def test_triggers_that_do_not_come_back_are_not_made_again_and_again(
+    watched: Server, hand: httpx.AsyncClient, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await watched.notes.insert_one(note(topic, 0))
+
+    async def does_not() -> bool:
+        raise SchemaError("PocketBase does not let us")
+
+    logs_ = watched.follower._logs
+    monkeypatch.setitem(logs_, watched.log, msgspec.structs.replace(logs_[watched.log], repair=does_not))
+    for name in await watches(hand, watched):
+        await sql(hand, f"DROP TRIGGER {name}")
+    await until(lambda: watched.said("the triggers are not there") == 1, lambda: "not said")
+    await asyncio.sleep(3 * HEARTBEAT)
+    await watched.caches(topic)
+    assert watched.said("lost its triggers") == 1
+
+
 async def test_a_log_that_was_made_anew_is_followed(
     open_server: OpenServer, hand: httpx.AsyncClient, topic: str, prefix: str
 ) -> None:

@@ -28,14 +28,23 @@ class _Entries(Struct):
     items: list[Entry]
 
 
+class Seen(Struct, frozen=True):
+    """A collection, as it was seen."""
+
+    identity: str = ""
+    """What no other collection has, though it has the same name; empty where there is none."""
+    triggers: int = 0
+    """How many of ours it has."""
+
+
 class Sight(Struct, frozen=True):
     """What was seen of a PocketBase beside its logs."""
 
     edits: Sequence[tuple[str, str]]
     """What foreign hands have changed: collections and records."""
     last_edit: int
-    collections: Mapping[str, str]
-    """Of those that were asked for, by name: what no other collection has, though it has the same name."""
+    collections: Mapping[str, Seen]
+    """Of those that were asked for, those that there are, by name."""
 
 
 class Logs:
@@ -99,13 +108,22 @@ class Logs:
                 Of a database that was restored from a backup the numbers are lower: then it is a first look too.
         """
         edits: list[tuple[str, str]] = []
-        found: dict[str, str] = {}
+        found: dict[str, Seen] = {}
+        last = 0
         # Its id PocketBase makes of its name, so one that is made anew has the same.
-        head = "SELECT name, id || ' ' || created FROM _collections WHERE name IN ("
-        tail = f") UNION ALL SELECT '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
+        head = (
+            "SELECT name, id || ' ' || created, ifnull(t,0) FROM _collections LEFT JOIN "
+            "(SELECT tbl_name, count(*) t "
+            f"FROM sqlite_master WHERE type='trigger' AND name GLOB '{triggers.NAMES}*' GROUP BY 1) "
+            "ON tbl_name=name WHERE name IN ("
+        )
+        tail = f") UNION ALL SELECT '', '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
         for some in joined((f"'{name}'" for name in names), ",", MOST_CHARACTERS - len(head) - len(tail)):
-            found |= dict(await self._sql.select(head + some + tail))
-        last = int(found.pop("", 0))
+            for name, identity, count in await self._sql.select(head + some + tail):
+                if name:
+                    found[name] = Seen(identity, int(count))
+                else:
+                    last = int(count)
         if after is None or last < after:  # of another database, out of a backup, whose edits we do not know
             return Sight(edits, last, found)
         while after < last:
