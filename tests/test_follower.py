@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypedDict, cast
 
@@ -30,7 +32,7 @@ from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CoherenceSettings, CollectionSettings, WriteSettings
 from pb_cached.errors import OutcomeUnknown, SchemaError
 from pb_cached.pocketbase.realtime import RealtimeStream, Timing
-from tests.faults import EVERY, FaultProxy, Gate, Valve, Withheld, answer, delay
+from tests.faults import EVERY, Buffer, Exchange, Fault, FaultProxy, Gate, Valve, Withheld, answer, delay
 
 MAX_STALENESS = 1.0
 HEARTBEAT = 0.2
@@ -177,8 +179,17 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(following, "RealtimeStream", partial(RealtimeStream, timing=Timing(overlap=0.1)))
     async with AsyncExitStack() as stack:
 
-        async def open_one(prefix: str = "follower", schema: type[Any] = Note, deadline: float = 30.0) -> Server:
+        async def open_one(
+            prefix: str = "follower",
+            schema: type[Any] = Note,
+            deadline: float = 30.0,
+            stream: Fault | None = None,
+            subscription: Fault | None = None,
+        ) -> Server:
             proxy = await stack.enter_async_context(FaultProxy(pocketbase.url))
+            for method, fault in (("GET", stream), ("POST", subscription)):
+                if fault is not None:
+                    proxy.plan(method, "/api/realtime", fault, at=EVERY)
             http = await stack.enter_async_context(httpx.AsyncClient(timeout=10))
             lines: list[logging.LogRecord] = []
             logger = logging.Logger(f"server {len(lines)}", logging.DEBUG)
@@ -196,7 +207,8 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
             )
             notes = await database.get_or_create_collection("notes", schema, identity_loader_for(schema))
             server = Server(database, notes, proxy, lines)
-            await server.follows()
+            if stream is subscription is None:
+                await server.follows()
             return server
 
         yield open_one
@@ -551,6 +563,129 @@ async def test_after_a_gap_the_log_is_read_and_not_the_collections(
     assert other.proxy.count("GET", f"/api/collections/{other.log}/records") > 0
     assert other.coherence.catch_ups >= catch_ups + 2  # of both logs
     assert other.coherence.epochs == 0
+
+
+async def test_what_waited_for_others_to_commit_is_read_back_though_its_time_is_from_before_the_gap(
+    open_server: OpenServer, hand: httpx.AsyncClient, topic: str, prefix: str
+) -> None:
+    one, other = await open_server(prefix), await open_server(prefix)
+    await one.notes.insert_one(note(topic, 0))
+    await other.caches(topic)
+    before, gaps = other.reads, other.coherence.gaps
+    async with other.proxy.down():
+        await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
+        newest = datetime.fromisoformat(other.follower._logs[other.log].feed.newest)
+        await one.notes.insert_one(note(topic, 1))
+        began = (newest - timedelta(seconds=5)).strftime("%Y-%m-%d %H:%M:%S.000Z")
+        await sql(hand, f"UPDATE `{one.log}` SET created='{began}' WHERE payload LIKE '%{topic}-1%'")
+    await other.follows()
+    assert await other.texts(topic) == ["text 0", "text 1"]
+    assert (other.reads, other.coherence.gaps) == (before, gaps)
+
+
+async def test_a_gap_loads_nothing_that_has_not_changed(open_server: OpenServer, topic: str, prefix: str) -> None:
+    one, other = await open_server(prefix), await open_server(prefix)
+    topics = [f"{topic} {number}" for number in range(100)]
+    await asyncio.gather(*(one.notes.insert_one(note(each, 0)) for each in topics))
+    await other.follows()
+    await asyncio.gather(*map(other.texts, topics))
+    before, requests = other.reads, len(other.proxy.exchanges)
+    async with other.proxy.down():
+        await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
+        await one.notes.insert_one(note(topics[0], 1))
+    await other.follows()
+    shown = await asyncio.gather(*map(other.texts, topics * 3))
+    assert shown[:2] == [["text 0", "text 1"], ["text 0"]]
+    assert other.reads == before
+    assert len(other.proxy.exchanges) - requests < 50
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="its clock goes on while it sleeps")
+async def test_a_machine_that_has_slept_answers_nothing_from_before_unchecked(
+    one: Server, other: Server, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its clocks, only one has gone on, and no timer of the event loop is due."""
+    slept = 0.0
+
+    class Clocks:
+        monotonic = time.monotonic
+
+        @staticmethod
+        def clock_gettime(clock: int) -> float:
+            return time.clock_gettime(clock) + (slept if clock == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(feed, "time", Clocks)
+    valve = Valve()
+    other.proxy.plan("GET", "/api/realtime", valve, at=EVERY)
+    async with other.proxy.down():
+        pass
+    await until(lambda: other.coherence.losses == 1, lambda: other.coherence)
+    await other.caches(topic)
+    valve.is_shut = True  # the connection did not outlive the night
+    await one.notes.insert_one(note(topic, 0))
+    assert await other.texts(topic) == []
+    slept = 600.0
+    assert await other.texts(topic) == ["text 0"]
+    valve.is_shut = False
+    await other.caches(topic)
+    assert other.coherence.epochs == 0
+
+
+# streams that never bring anything
+
+
+async def buffers(exchange: Exchange) -> None:
+    """What stands before PocketBase passes on nothing until it has much."""
+    await Buffer(1)(exchange)
+
+
+STREAMS: Mapping[str, dict[str, Fault]] = {
+    "a proxy that buffers": {"stream": buffers},
+    "subscribed in vain": {"stream": Valve(is_shut=True)},
+    "no stream": {"stream": answer(404)},
+    "a subscription refused by an IP rule": {"subscription": answer(403)},
+    "a stream of another address": {"subscription": answer(400)},
+}
+
+
+@pytest.mark.parametrize("faults", STREAMS.values(), ids=STREAMS)
+async def test_where_no_stream_comes_every_read_asks_pocketbase_and_that_is_said_once(
+    one: Server, open_server: OpenServer, topic: str, faults: dict[str, Fault]
+) -> None:
+    other = await open_server(**faults)
+    await one.notes.insert_one(note(topic, 0))
+    assert await other.texts(topic) == ["text 0"]
+    opened = now()
+    await until(lambda: other.said("reads go to PocketBase"), lambda: "not said")
+    assert now() - opened < MAX_STALENESS + SOON / 4
+    await one.notes.insert_one(note(topic, 1))
+    before = other.reads
+    for _ in range(3):
+        assert await other.texts(topic) == ["text 0", "text 1"]
+    assert other.reads == before + 3
+    assert other.coherence.state != "following"
+    await asyncio.sleep(2 * MAX_STALENESS)
+    assert other.said("reads go to PocketBase") == 1
+    other.proxy.forget_plans()
+    async with other.proxy.down():
+        pass
+    await other.caches(topic)
+
+
+@pytest.mark.parametrize("fault", [answer(403), answer(400)], ids=["403", "400"])
+async def test_a_subscription_that_is_refused_later_ends_cached_answers_at_once(
+    one: Server, other: Server, topic: str, fault: Fault
+) -> None:
+    await other.caches(topic)
+    other.proxy.plan("POST", "/api/realtime", fault, at=EVERY)
+    async with other.proxy.down():
+        await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
+        await one.notes.insert_one(note(topic, 0))
+    assert await other.texts(topic) == ["text 0"]
+    await until(lambda: other.said("reads go to PocketBase"), lambda: "not said")
+    assert other.said("no realtime stream") <= 2  # that it was cut, and that it is refused
+    other.proxy.forget_plans()
+    await other.caches(topic)
 
 
 async def test_a_gap_of_which_the_log_is_forgotten_drops_the_cache(one: Server, other: Server, topic: str) -> None:
