@@ -149,7 +149,7 @@ class Connection:
             path.receipts,
             self._config.writes.log_retention,
             committer.trim,
-            is_whole=isinstance(path, LogPath),
+            path.repair if isinstance(path, LogPath) else None,
         )
 
     def cached(self, collection: str, layout: Layout, make: Callable[[], CachedReads]) -> CachedReads:

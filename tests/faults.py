@@ -274,8 +274,8 @@ class Buffer:
 class Valve:
     """Passes everything on until it is shut; what comes then is lost, though nothing shows that."""
 
-    def __init__(self) -> None:
-        self.is_shut = False
+    def __init__(self, *, is_shut: bool = False) -> None:
+        self.is_shut = is_shut
 
     async def __call__(self, exchange: Exchange) -> None:
         async with contextlib.aclosing(exchange.ask()) as response:

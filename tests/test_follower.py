@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypedDict, cast
 
@@ -20,19 +22,22 @@ from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import identity_loader_for
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.cache import collection as cached
 from pb_cached.coherence import Follower, feed, logs
 from pb_cached.coherence import follower as following
-from pb_cached.coherence.feed import now
+from pb_cached.coherence.entries import Entry
+from pb_cached.coherence.feed import Feed, now
 from pb_cached.coherence.stats import CoherenceStats
 from pb_cached.collection import PocketBaseDocumentCollection
-from pb_cached.config import CoherenceSettings, CollectionSettings
-from pb_cached.errors import SchemaError
+from pb_cached.config import CoherenceSettings, CollectionSettings, WriteSettings
+from pb_cached.errors import OutcomeUnknown, SchemaError
 from pb_cached.pocketbase.realtime import RealtimeStream, Timing
-from tests.faults import EVERY, FaultProxy, Valve, answer, delay
+from tests.faults import EVERY, Buffer, Exchange, Fault, FaultProxy, Gate, Valve, Withheld, answer, delay
 
 MAX_STALENESS = 1.0
 HEARTBEAT = 0.2
 SOON = 20.0
+BRIEF = 0.2
 NOTES = {"notes": CollectionSettings(partition_by="topic", sequence="number", log=True)}
 """A log of its own, beside the one by which beats go."""
 
@@ -174,8 +179,17 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(following, "RealtimeStream", partial(RealtimeStream, timing=Timing(overlap=0.1)))
     async with AsyncExitStack() as stack:
 
-        async def open_one(prefix: str = "follower", schema: type[Any] = Note) -> Server:
+        async def open_one(
+            prefix: str = "follower",
+            schema: type[Any] = Note,
+            deadline: float = 30.0,
+            stream: Fault | None = None,
+            subscription: Fault | None = None,
+        ) -> Server:
             proxy = await stack.enter_async_context(FaultProxy(pocketbase.url))
+            for method, fault in (("GET", stream), ("POST", subscription)):
+                if fault is not None:
+                    proxy.plan(method, "/api/realtime", fault, at=EVERY)
             http = await stack.enter_async_context(httpx.AsyncClient(timeout=10))
             lines: list[logging.LogRecord] = []
             logger = logging.Logger(f"server {len(lines)}", logging.DEBUG)
@@ -183,6 +197,7 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
             config = Config(
                 coherence=CoherenceSettings("realtime", MAX_STALENESS, HEARTBEAT, audit_interval=0),
                 collections=NOTES,
+                writes=WriteSettings(deadline=deadline),
             )
             params = pocketbase.connection_params | {"url": proxy.url}
             database = await stack.enter_async_context(
@@ -192,7 +207,8 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
             )
             notes = await database.get_or_create_collection("notes", schema, identity_loader_for(schema))
             server = Server(database, notes, proxy, lines)
-            await server.follows()
+            if stream is subscription is None:
+                await server.follows()
             return server
 
         yield open_one
@@ -283,6 +299,48 @@ async def test_a_beat_tells_of_a_commit_that_nothing_follows(one: Server, other:
     await one.notes.insert_one(note(topic, 0))
     await other.shows(topic, "text 0")
     assert other.coherence.gaps == 1
+
+
+@pytest.mark.parametrize("is_followed", [True, False], ids=["by another number", "by a beat"])
+async def test_the_first_numbers_of_a_server_that_has_just_begun_are_missed(
+    open_server: OpenServer, topic: str, prefix: str, is_followed: bool
+) -> None:
+    other = await open_server(prefix)
+    await other.caches(topic)
+    # Also the beats, until there is something to tell.
+    other.tap.lost = lambda _, record: record.get("server") != other.id and record.get("n") != 3
+    one = await open_server(prefix)
+    for number in range(2 + is_followed):
+        await one.notes.insert_one(note(topic, number))
+    if not is_followed:
+        other.tap.lost = lambda _, record: record.get("n", 0) > 0
+    await other.shows(topic, *(f"text {number}" for number in range(2 + is_followed)))
+    assert other.coherence.gaps > 0
+    await other.caches(topic)
+
+
+async def test_of_an_old_server_only_what_it_commits_now_is_looked_up(
+    one: Server, open_server: OpenServer, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "OVERLAP", 0.0)
+    for number in range(20):
+        await one.notes.insert_one(note(topic, number))
+    await asyncio.sleep(0.1)
+    other = await open_server()
+    read = list[int]()
+    arrived = other.follower._arrived
+
+    def arriving(feed: Feed, entry: Entry) -> None:
+        read.append(entry.n)
+        arrived(feed, entry)
+
+    monkeypatch.setattr(other.follower, "_arrived", arriving)
+    other.tap.lose_commits()
+    await one.notes.insert_one(note(topic, 20))
+    await one.notes.insert_one(note(topic, 21))
+    servers = other.follower._logs[other.log].feed._servers
+    await until(lambda: one.id in servers and servers[one.id].expected == 23, lambda: servers)
+    assert {n for n in read if n > 0} == {21, 22}
 
 
 async def test_all_numbers_of_a_long_gap_are_looked_up(
@@ -385,6 +443,80 @@ async def test_what_another_version_moves_comes_to_where_it_is_moved(
     await one.shows(topic, "text 0")
 
 
+# our own commits, whose answers do not come
+
+
+async def given_up(server: Server, topic: str) -> Gate:
+    """Have a server give up a write that is on its way, and return what holds that up. The server caches the topic
+    again, which holds `text 0`; the write is to make it `late`."""
+    document = note(topic, 0)
+    await server.notes.insert_one(document)
+    await server.caches(topic)
+    gate = Gate()
+    server.proxy.plan("POST", f"/api/collections/{server.log}/records?", gate, at=EVERY)
+    with pytest.raises(OutcomeUnknown):
+        await server.notes.update_one({"id": {"$eq": document["id"]}}, {"text": "late"})
+    server.proxy.forget_plans()
+    await asyncio.sleep(BRIEF)  # how long what may yet change is not cached
+    await server.caches(topic)
+    return gate
+
+
+@pytest.fixture
+def avoids_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "AVOIDED_SECONDS", BRIEF)
+
+
+@pytest.mark.usefixtures("avoids_briefly")
+async def test_a_commit_of_ours_that_arrives_when_it_was_given_up_is_shown(
+    open_server: OpenServer, topic: str
+) -> None:
+    one = await open_server(deadline=0.3)
+    gate = await given_up(one, topic)
+    before = one.reads
+    gate.open()
+    await one.shows(topic, "late")
+    assert one.reads == before
+
+
+@pytest.mark.usefixtures("avoids_briefly")
+async def test_a_commit_of_ours_that_arrives_in_a_gap_is_read_back(
+    open_server: OpenServer, topic: str, prefix: str
+) -> None:
+    one, other = await open_server(prefix, deadline=0.3), await open_server(prefix)
+    gate = await given_up(one, topic)
+    before = one.reads
+    async with one.proxy.down():
+        await until(lambda: one.coherence.state == "lost", lambda: one.coherence)
+        gate.open()
+        await other.shows(topic, "late")
+    await one.follows()
+    assert await one.texts(topic) == ["late"]
+    assert one.reads == before
+
+
+async def test_what_is_committed_is_shown_though_its_answer_does_not_come(one: Server, topic: str) -> None:
+    await one.notes.insert_one(note(topic, 0))
+    await one.caches(topic)
+    before, withheld = one.reads, Withheld()
+    one.proxy.plan("POST", f"/api/collections/{one.log}/records?", withheld)
+    writing = asyncio.create_task(one.notes.update_one({"topic": {"$eq": topic}}, {"text": "new"}))
+    await one.shows(topic, "new")
+    assert not writing.done()
+    withheld.open()
+    await writing
+    assert await one.texts(topic) == ["new"]
+    assert one.reads == before
+
+
+async def test_our_commits_are_applied_once_where_their_answers_come(one: Server, topic: str) -> None:
+    before = one.coherence.commits
+    for number in range(20):
+        await one.notes.insert_one(note(topic, number))
+    await asyncio.sleep(2 * feed.PATIENCE)
+    assert one.coherence.commits == before
+
+
 # a stream that fails
 
 
@@ -431,6 +563,129 @@ async def test_after_a_gap_the_log_is_read_and_not_the_collections(
     assert other.proxy.count("GET", f"/api/collections/{other.log}/records") > 0
     assert other.coherence.catch_ups >= catch_ups + 2  # of both logs
     assert other.coherence.epochs == 0
+
+
+async def test_what_waited_for_others_to_commit_is_read_back_though_its_time_is_from_before_the_gap(
+    open_server: OpenServer, hand: httpx.AsyncClient, topic: str, prefix: str
+) -> None:
+    one, other = await open_server(prefix), await open_server(prefix)
+    await one.notes.insert_one(note(topic, 0))
+    await other.caches(topic)
+    before, gaps = other.reads, other.coherence.gaps
+    async with other.proxy.down():
+        await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
+        newest = datetime.fromisoformat(other.follower._logs[other.log].feed.newest)
+        await one.notes.insert_one(note(topic, 1))
+        began = (newest - timedelta(seconds=5)).strftime("%Y-%m-%d %H:%M:%S.000Z")
+        await sql(hand, f"UPDATE `{one.log}` SET created='{began}' WHERE payload LIKE '%{topic}-1%'")
+    await other.follows()
+    assert await other.texts(topic) == ["text 0", "text 1"]
+    assert (other.reads, other.coherence.gaps) == (before, gaps)
+
+
+async def test_a_gap_loads_nothing_that_has_not_changed(open_server: OpenServer, topic: str, prefix: str) -> None:
+    one, other = await open_server(prefix), await open_server(prefix)
+    topics = [f"{topic} {number}" for number in range(100)]
+    await asyncio.gather(*(one.notes.insert_one(note(each, 0)) for each in topics))
+    await other.follows()
+    await asyncio.gather(*map(other.texts, topics))
+    before, requests = other.reads, len(other.proxy.exchanges)
+    async with other.proxy.down():
+        await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
+        await one.notes.insert_one(note(topics[0], 1))
+    await other.follows()
+    shown = await asyncio.gather(*map(other.texts, topics * 3))
+    assert shown[:2] == [["text 0", "text 1"], ["text 0"]]
+    assert other.reads == before
+    assert len(other.proxy.exchanges) - requests < 50
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="its clock goes on while it sleeps")
+async def test_a_machine_that_has_slept_answers_nothing_from_before_unchecked(
+    one: Server, other: Server, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its clocks, only one has gone on, and no timer of the event loop is due."""
+    slept = 0.0
+
+    class Clocks:
+        monotonic = time.monotonic
+
+        @staticmethod
+        def clock_gettime(clock: int) -> float:
+            return time.clock_gettime(clock) + (slept if clock == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(feed, "time", Clocks)
+    valve = Valve()
+    other.proxy.plan("GET", "/api/realtime", valve, at=EVERY)
+    async with other.proxy.down():
+        pass
+    await until(lambda: other.coherence.losses == 1, lambda: other.coherence)
+    await other.caches(topic)
+    valve.is_shut = True  # the connection did not outlive the night
+    await one.notes.insert_one(note(topic, 0))
+    assert await other.texts(topic) == []
+    slept = 600.0
+    assert await other.texts(topic) == ["text 0"]
+    valve.is_shut = False
+    await other.caches(topic)
+    assert other.coherence.epochs == 0
+
+
+# streams that never bring anything
+
+
+async def buffers(exchange: Exchange) -> None:
+    """What stands before PocketBase passes on nothing until it has much."""
+    await Buffer(1)(exchange)
+
+
+STREAMS: Mapping[str, dict[str, Fault]] = {
+    "a proxy that buffers": {"stream": buffers},
+    "subscribed in vain": {"stream": Valve(is_shut=True)},
+    "no stream": {"stream": answer(404)},
+    "a subscription refused by an IP rule": {"subscription": answer(403)},
+    "a stream of another address": {"subscription": answer(400)},
+}
+
+
+@pytest.mark.parametrize("faults", STREAMS.values(), ids=STREAMS)
+async def test_where_no_stream_comes_every_read_asks_pocketbase_and_that_is_said_once(
+    one: Server, open_server: OpenServer, topic: str, faults: dict[str, Fault]
+) -> None:
+    other = await open_server(**faults)
+    await one.notes.insert_one(note(topic, 0))
+    assert await other.texts(topic) == ["text 0"]
+    opened = now()
+    await until(lambda: other.said("reads go to PocketBase"), lambda: "not said")
+    assert now() - opened < MAX_STALENESS + SOON / 4
+    await one.notes.insert_one(note(topic, 1))
+    before = other.reads
+    for _ in range(3):
+        assert await other.texts(topic) == ["text 0", "text 1"]
+    assert other.reads == before + 3
+    assert other.coherence.state != "following"
+    await asyncio.sleep(2 * MAX_STALENESS)
+    assert other.said("reads go to PocketBase") == 1
+    other.proxy.forget_plans()
+    async with other.proxy.down():
+        pass
+    await other.caches(topic)
+
+
+@pytest.mark.parametrize("fault", [answer(403), answer(400)], ids=["403", "400"])
+async def test_a_subscription_that_is_refused_later_ends_cached_answers_at_once(
+    one: Server, other: Server, topic: str, fault: Fault
+) -> None:
+    await other.caches(topic)
+    other.proxy.plan("POST", "/api/realtime", fault, at=EVERY)
+    async with other.proxy.down():
+        await until(lambda: other.coherence.state == "lost", lambda: other.coherence)
+        await one.notes.insert_one(note(topic, 0))
+    assert await other.texts(topic) == ["text 0"]
+    await until(lambda: other.said("reads go to PocketBase"), lambda: "not said")
+    assert other.said("no realtime stream") <= 2  # that it was cut, and that it is refused
+    other.proxy.forget_plans()
+    await other.caches(topic)
 
 
 async def test_a_gap_of_which_the_log_is_forgotten_drops_the_cache(one: Server, other: Server, topic: str) -> None:
@@ -505,6 +760,74 @@ async def test_a_collection_that_was_made_anew_is_another_one(
     await anew.insert_one(note(topic, 0, "another"))
     await other.shows(topic, "another")
     await until(lambda: other.coherence.epochs >= 1, lambda: other.coherence)
+
+
+@pytest_asyncio.fixture
+async def watched(open_server: OpenServer, hand: httpx.AsyncClient, prefix: str) -> Server:
+    """A server whose collection has a person's attention, and nobody commits to it."""
+    server = cast(Server, await open_server(prefix))
+    await until(lambda: server._collection in server.follower._as_seen, lambda: server.follower._as_seen)
+    return server
+
+
+async def watches(hand: httpx.AsyncClient, server: Server) -> list[str]:
+    """The triggers that look after its collection."""
+    query = f"SELECT name FROM sqlite_master WHERE type='trigger' AND tbl_name='{server._collection}'"
+    answered = await hand.post("/api/sql", json={"query": query})
+    return [name for (name,) in answered.raise_for_status().json()["rows"]]
+
+
+async def test_a_collection_that_a_hand_has_made_anew_is_looked_after_again(
+    watched: Server, hand: httpx.AsyncClient, topic: str
+) -> None:
+    before = sorted(await watches(hand, watched))
+    path = f"/api/collections/{watched._collection}"
+    made = (await hand.get(path)).raise_for_status().json()
+    (await hand.delete(path)).raise_for_status()
+    anew = {key: made[key] for key in ("name", "type", "fields", "indexes")}
+    (await hand.post("/api/collections", json=anew)).raise_for_status()
+
+    async def has_them() -> bool:
+        return sorted(await watches(hand, watched)) == before
+
+    await until(has_them, lambda: "no triggers")
+    document = note(topic, 0)
+    await watched.notes.insert_one(document)
+    await edit(hand, watched, document, text="by hand")
+    assert (await record_of(hand, watched, document))["rev"] == 2
+    assert watched.said("lost its triggers") == 1
+
+
+async def test_what_was_changed_while_nothing_looked_after_a_collection_is_shown(
+    watched: Server, hand: httpx.AsyncClient, topic: str
+) -> None:
+    await watched.notes.insert_one(note(topic, 0))
+    await watched.caches(topic)
+    lost = await watches(hand, watched)
+    for name in lost:
+        await sql(hand, f"DROP TRIGGER {name}")
+    await sql(hand, f"UPDATE `{watched._collection}` SET text='by hand'")  # which raises no event
+    await watched.shows(topic, "by hand")
+    assert sorted(await watches(hand, watched)) == sorted(lost)
+    await watched.caches(topic)
+
+
+async def test_triggers_that_do_not_come_back_are_not_made_again_and_again(
+    watched: Server, hand: httpx.AsyncClient, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await watched.notes.insert_one(note(topic, 0))
+
+    async def does_not() -> bool:
+        raise SchemaError("PocketBase does not let us")
+
+    logs_ = watched.follower._logs
+    monkeypatch.setitem(logs_, watched.log, msgspec.structs.replace(logs_[watched.log], repair=does_not))
+    for name in await watches(hand, watched):
+        await sql(hand, f"DROP TRIGGER {name}")
+    await until(lambda: watched.said("the triggers are not there") == 1, lambda: "not said")
+    await asyncio.sleep(3 * HEARTBEAT)
+    await watched.caches(topic)
+    assert watched.said("lost its triggers") == 1
 
 
 async def test_a_log_that_was_made_anew_is_followed(

@@ -38,6 +38,8 @@ class Beat(Struct, frozen=True):
 
     last: Mapping[str, int] = {}
     """By the logs of its database: the last number that the server has taken."""
+    after: Mapping[str, str] = {}
+    """Likewise: a time by PocketBase's clock, before which no later number can have been taken."""
 
 
 class Gap(Struct, frozen=True):

@@ -30,14 +30,15 @@ from msgspec import Struct
 from pb_cached.coherence import entries
 from pb_cached.coherence.audit import Audit
 from pb_cached.coherence.changes import FollowedCollection
-from pb_cached.coherence.entries import BEAT, Entry, Gap
+from pb_cached.coherence.entries import BEAT, Beat, Entry, Gap
 from pb_cached.coherence.feed import PATIENCE, Feed, now
-from pb_cached.coherence.logs import Logs
+from pb_cached.coherence.logs import Logs, Seen
 from pb_cached.coherence.stats import CoherenceCounters, CoherenceStats
 from pb_cached.config import CoherenceSettings
 from pb_cached.errors import PBCachedError, SchemaError
 from pb_cached.outcomes import succeed
 from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.pocketbase.commit import triggers
 from pb_cached.pocketbase.commit.receipt import Receipts
 from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.realtime import RealtimeStream
@@ -61,7 +62,13 @@ class _Log(Struct, frozen=True):
     receipts: Receipts
     retained: float
     trim: Callable[[], Awaitable[None]]
-    is_whole: bool
+    repair: Callable[[], Awaitable[bool]] | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Do its entries hold what they have changed, and do triggers note what foreign hands change? If not,
+        PocketBase's own events tell of both."""
+        return self.repair is not None
 
 
 class _Beat(Struct):
@@ -89,7 +96,7 @@ class Follower:
     beats that have not come yet, and `_receipts`, for each log the last that PocketBase has, and in which log;
     `_seen`, for each log the last commit that has come, and when, and `_witnesses`, what was known to be there
     when the stream was lost; `_unclear`, records that must be read, `_clearing`, those that are being read, and
-    `_strangers`, commits of layouts that we do not know, each with the time since when; `_identities`, of
+    `_strangers`, commits of layouts that we do not know, each with the time since when; `_as_seen`, the
     collections, and `_last_edit`, which show what was made anew; `_is_dead`, is the stream believed to be,
     `_good_at`, when was last seen that all caches may answer, and `_is_said`, was it said that they may not?
     """
@@ -122,7 +129,7 @@ class Follower:
         self._unclear: dict[str, dict[str, float]] = {}
         self._clearing: dict[str, dict[str, float]] = {}
         self._strangers: list[tuple[Feed, Entry, float]] = []
-        self._identities: dict[str, str] = {}
+        self._as_seen: dict[str, Seen] = {}
         self._last_edit: int | None = None
         self._is_dead = False
         self._good_at = now()
@@ -141,8 +148,7 @@ class Follower:
         receipts: Receipts,
         retained: float,
         trim: Callable[[], Awaitable[None]],
-        *,
-        is_whole: bool,
+        repair: Callable[[], Awaitable[bool]] | None,
     ) -> None:
         """Follow a log, if it is not followed already.
 
@@ -151,12 +157,11 @@ class Follower:
             receipts: of our own commits.
             retained: how long its entries are there, in seconds.
             trim: forgets those that are older.
-            is_whole: do its entries hold what they have changed, and do triggers note what foreign hands change?
-                If not, PocketBase's own events tell of both.
+            repair: has the triggers back that commits go by; None where they go by none.
         """
         if log not in self._logs:
             feed = Feed(log, self._settings.max_staleness)
-            self._logs[log] = _Log(feed, home, receipts, retained, trim, is_whole)
+            self._logs[log] = _Log(feed, home, receipts, retained, trim, repair)
             self._topics_changed()
 
     def follow(self, log: str, collection: FollowedCollection, reader: RecordReader) -> Callable[[], bool]:
@@ -218,6 +223,9 @@ class Follower:
 
     def connected(self, topics: frozenset[str]) -> None:
         self._covered = topics
+        for name, log in self._logs.items():
+            if f"{name}/*" in topics:
+                log.feed.subscribed()
         self._changed.set()
 
     def lost(self, reason: str) -> None:
@@ -266,19 +274,42 @@ class Follower:
         if entry.n <= 0:
             return
         self._seen[feed.log] = entry.id, time.monotonic()
-        if entry.server != self.server:  # of ours, the caches were told with the answer
-            for due in feed.arrived(entry):
-                self._apply(feed, due)
-            if feed.is_waiting or feed.behind_since is not None:
-                self._changed.set()
+        if entry.server == self.server:
+            self._own_arrived(feed, entry)
+            return
+        for due in feed.arrived(entry):
+            self._apply(feed, due)
+        if feed.is_waiting or feed.behind_since is not None:
+            self._changed.set()
+
+    def _own_arrived(self, feed: Feed, entry: Entry) -> None:
+        """Mostly the answer is as good as here, and tells the caches. It may be lost though, be asked for until
+        the deadline, and be given up: then our commit is to us what another server's is."""
+        receipts = self._logs[feed.log].receipts
+        if receipts.is_known(entry.n):
+            return
+        if entry.n > receipts.last and feed.behind_since is None:
+            asyncio.get_running_loop().call_later(PATIENCE, self._apply_untold, feed, entry)
+        else:  # late: it was given up; or read back after a gap, when nothing may be answered without it
+            self._apply(feed, entry)
+
+    def _apply_untold(self, feed: Feed, entry: Entry) -> None:
+        """PocketBase has a commit of ours. Has its answer still not come?"""
+        if not self._logs[feed.log].receipts.is_known(entry.n):
+            self._apply(feed, entry)
 
     def _beat_arrived(self, feed: Feed, entry: Entry) -> None:
         feed.came(entry.created)
         if entry.server != self.server:
-            for name, last in entries.beat.decode(entry.payload).last.items():
-                if name in self._logs and self._logs[name].feed.beat(entry.server, last):
+            theirs = entries.beat.decode(entry.payload)
+            for name, last in theirs.last.items():
+                if (log := self._logs.get(name)) is None:
+                    continue
+                if log.feed.beat(entry.server, entry.created, last, theirs.after.get(name, "")):
                     self._changed.set()
             return
+        for log in self._logs.values():
+            log.receipts.heard = entry.created
         beat = self._sent.pop(entry.id, None)
         if beat is None or feed.behind_since is not None:
             return
@@ -286,7 +317,7 @@ class Follower:
         self._counters.lag(now() - beat.sent)
         for other in self._logs.values():
             if other.feed is feed or other.feed.is_proven:
-                other.feed.proven(beat.sent)
+                other.feed.proven(beat.sent, entry.created)
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             succeed(future, None)
@@ -465,13 +496,24 @@ class Follower:
         """Numbers are missing: read them, or learn that there are no such commits."""
         self._counters.gaps += 1
         losses = feed.losses
-        async for entry in self._pocketbase.numbered(feed.log, gap):
+        if feed.began is None:  # the log was made anew meanwhile
+            return
+        first = gap.first
+        async for entry in self._pocketbase.numbered(feed.log, gap, feed.began):
+            if losses != feed.losses:
+                return
             if not self._logs[feed.log].is_whole:  # so what else has not come?
                 self._clear(self._of(feed))
+            # Nothing is between it and the one before: else ever more would have to wait for their turn.
+            self._settle(feed, Gap(gap.server, first, entry.n - 1))
             self._arrived(feed, entry)
+            first = entry.n + 1
         if losses == feed.losses:
-            for due in feed.settle(gap):
-                self._apply(feed, due)
+            self._settle(feed, gap)
+
+    def _settle(self, feed: Feed, gap: Gap) -> None:
+        for due in feed.settle(gap):
+            self._apply(feed, due)
 
     # the task that beats
 
@@ -522,10 +564,14 @@ class Follower:
     async def _beat_by(self, log: str) -> None:
         feed, id_ = self._logs[log].feed, new_id()
         losses = feed.losses
-        last = {name: each.receipts.last for name, each in self._logs.items() if each.home == self._logs[log].home}
+        told = {name: each.receipts for name, each in self._logs.items() if each.home == self._logs[log].home}
+        content = Beat(
+            {name: receipts.last for name, receipts in told.items()},
+            {name: receipts.after for name, receipts in told.items()},
+        )
         beat = self._sent[id_] = _Beat(log, now())
         try:
-            if await self._pocketbase.beat(log, id_, last) and losses == feed.losses:
+            if await self._pocketbase.beat(log, id_, content) and losses == feed.losses:
                 beat.taken = now()
                 for name, each in self._logs.items():
                     if log in (name, each.home) and each.feed.behind_since is None:
@@ -545,13 +591,33 @@ class Follower:
             if name in self._collections:
                 self._doubt(name, [record])
         for name in names:
-            identity = sight.collections.get(name, "")
-            if self._identities.setdefault(name, identity) == identity:
+            seen, before = sight.collections.get(name, Seen()), self._as_seen.get(name)
+            if seen == before:
                 continue
-            self._identities[name] = identity
-            self._log.warning("a collection was made anew; what was cached of it is dropped", collection=name)
-            if name in self._logs:
+            if name not in self._logs:
+                await self._mend(name, seen)
+            self._as_seen[name] = seen
+            if before is None:
+                continue
+            is_another = seen.identity != before.identity
+            if is_another:
+                self._log.warning("a collection was made anew; what was cached of it is dropped", collection=name)
+            if name not in self._logs:
+                self._counters.epochs += is_another
+                if is_another or seen.triggers < before.triggers:
+                    self._clear(self._collections.get(name, ()))
+            elif is_another:
                 self._begin_anew(self._logs[name].feed)
-            else:
-                self._counters.epochs += 1
-                self._clear(self._collections.get(name, ()))
+
+    async def _mend(self, name: str, seen: Seen) -> None:
+        """Where a collection has lost the triggers that look after it, have them back. Until then nobody notes
+        what foreign hands change, nor raises its revision."""
+        for log in {followed.feed.log for followed in self._collections.get(name, ())}:
+            repair = self._logs[log].repair
+            if repair is None or not seen.identity or seen.triggers >= len(triggers.watch(log, name)):
+                continue
+            self._log.warning("a collection has lost its triggers; they are made anew", collection=name)
+            try:
+                await repair()
+            except SchemaError as error:
+                self._log.warning("the triggers are not there", collection=name, reason=str(error))

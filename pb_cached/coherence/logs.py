@@ -28,14 +28,23 @@ class _Entries(Struct):
     items: list[Entry]
 
 
+class Seen(Struct, frozen=True):
+    """A collection, as it was seen."""
+
+    identity: str = ""
+    """What no other collection has, though it has the same name; empty where there is none."""
+    triggers: int = 0
+    """How many of ours it has."""
+
+
 class Sight(Struct, frozen=True):
     """What was seen of a PocketBase beside its logs."""
 
     edits: Sequence[tuple[str, str]]
     """What foreign hands have changed: collections and records."""
     last_edit: int
-    collections: Mapping[str, str]
-    """Of those that were asked for, by name: what no other collection has, though it has the same name."""
+    collections: Mapping[str, Seen]
+    """Of those that were asked for, those that there are, by name."""
 
 
 class Logs:
@@ -50,9 +59,14 @@ class Logs:
         """The commits from a little before that time on."""
         return self._each(log, f"created >= '{_earlier(newest)}' && n > 0")
 
-    def numbered(self, log: str, gap: Gap) -> AsyncIterator[Entry]:
-        """The commits with these numbers, those that exist."""
-        return self._each(log, f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}")
+    def numbered(self, log: str, gap: Gap, began: tuple[str, float]) -> AsyncIterator[Entry]:
+        """The commits with these numbers, those that exist, in their order.
+
+        Args:
+            began: a time, and how many seconds before it those began that matter. What is older may be left out.
+        """
+        numbers = f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}"
+        return self._each(log, f"created >= '{_earlier(*began)}' && {numbers}")
 
     async def _each(self, log: str, where: str) -> AsyncIterator[Entry]:
         last = ""
@@ -73,7 +87,7 @@ class Logs:
         """Is this entry there?"""
         return (await self._client.send("GET", f"{records_path(log)}/{id_}")).ok
 
-    async def beat(self, log: str, id_: str, last: Mapping[str, int]) -> bool:
+    async def beat(self, log: str, id_: str, beat: Beat) -> bool:
         """Tell everybody that we are there, and our last numbers. False where the log took none."""
         content = {
             "id": id_,
@@ -81,7 +95,7 @@ class Logs:
             "n": 0,
             "layout": BEAT,
             "guard": id_,
-            "payload": msgspec.json.encode(Beat(last)).decode(),
+            "payload": msgspec.json.encode(beat).decode(),
         }
         body = msgspec.json.encode(content)
         return (await self._client.send("POST", records_path(log), body=body, repeatable=True)).ok
@@ -94,13 +108,22 @@ class Logs:
                 Of a database that was restored from a backup the numbers are lower: then it is a first look too.
         """
         edits: list[tuple[str, str]] = []
-        found: dict[str, str] = {}
+        found: dict[str, Seen] = {}
+        last = 0
         # Its id PocketBase makes of its name, so one that is made anew has the same.
-        head = "SELECT name, id || ' ' || created FROM _collections WHERE name IN ("
-        tail = f") UNION ALL SELECT '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
+        head = (
+            "SELECT name, id || ' ' || created, ifnull(t,0) FROM _collections LEFT JOIN "
+            "(SELECT tbl_name, count(*) t "
+            f"FROM sqlite_master WHERE type='trigger' AND name GLOB '{triggers.NAMES}*' GROUP BY 1) "
+            "ON tbl_name=name WHERE name IN ("
+        )
+        tail = f") UNION ALL SELECT '', '', seq FROM sqlite_sequence WHERE name='{triggers.EDITS}'"
         for some in joined((f"'{name}'" for name in names), ",", MOST_CHARACTERS - len(head) - len(tail)):
-            found |= dict(await self._sql.select(head + some + tail))
-        last = int(found.pop("", 0))
+            for name, identity, count in await self._sql.select(head + some + tail):
+                if name:
+                    found[name] = Seen(identity, int(count))
+                else:
+                    last = int(count)
         if after is None or last < after:  # of another database, out of a backup, whose edits we do not know
             return Sight(edits, last, found)
         while after < last:
@@ -122,5 +145,5 @@ class Logs:
         return triggers.applies_to(triggers.Trigger(f"{triggers.NAMES}{layout}", table, text))
 
 
-def _earlier(time: str) -> str:
-    return (datetime.strptime(time, _TIME) - timedelta(seconds=OVERLAP)).strftime(_TIME)[:-4] + "Z"
+def _earlier(time: str, seconds: float = 0.0) -> str:
+    return (datetime.strptime(time, _TIME) - timedelta(seconds=seconds + OVERLAP)).strftime(_TIME)[:-4] + "Z"

@@ -23,7 +23,7 @@ class CoherenceStats(Struct, frozen=True, kw_only=True):
     """Seconds from sending a beat of ours until the stream has brought it: the most that a commit took to us."""
     commits: int
     changes: int
-    """Of others, that were applied, and the records in them."""
+    """Of others, and of ours whose answer had not come, that were applied, and the records in them."""
     edits: int
     """By foreign hands."""
     gaps: int

@@ -147,6 +147,14 @@ class LogPath:
     async def leave(self, collection: str) -> None:
         await self._installation.leave(collection)
 
+    async def repair(self) -> bool:
+        """Have all triggers back. Tells whether anything was not as it must be.
+
+        Raises:
+            SchemaError: PocketBase does not let us.
+        """
+        return await self._installation.repair()
+
     async def commit(self, operations: Sequence[Operation], *, deadline: float) -> list[Reply]:
         end = time.monotonic() + deadline
         repaired = False

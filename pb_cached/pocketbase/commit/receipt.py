@@ -20,15 +20,20 @@ class Receipts:
     """The receipts of one server's commits to one log, one commit at a time.
 
     `n` numbers them without gaps: 1, 2, 3 and so on. Mutable state: `_taken`, the last `n` that is taken, or may
-    be; `acknowledged`, the last receipt that PocketBase had, and when that was known, by the monotonic clock.
+    be, and `_unknown`, those of them of which nobody knows; `acknowledged`, the last receipt that PocketBase had,
+    and when that was known, by the monotonic clock; `heard`, the last time that was heard of PocketBase's clock
+    (whoever hears of it says so), and `_sent_after`, the same when the commit under way was begun.
     """
 
     def __init__(self, client: PocketBaseClient, log: str, server: str) -> None:
         self._client = client
         self._server = server
         self._taken = 0
+        self._unknown: set[int] = set()
         self.acknowledged: tuple[str, float] | None = None
         self.path = records_path(log)
+        self.heard = ""
+        self._sent_after: str | None = None
 
     @property
     def next(self) -> int:
@@ -40,14 +45,26 @@ class Receipts:
         """The last number that is taken, or may be."""
         return self._taken
 
+    @property
+    def after(self) -> str:
+        """A time by PocketBase's clock, before which no number beyond `last` can have been taken."""
+        return self.heard if self._sent_after is None else self._sent_after
+
+    def is_known(self, n: int) -> bool:
+        """Has PocketBase's answer told that it has the commit of this number?"""
+        return n <= self._taken and n not in self._unknown
+
     def take(self, n: int, receipt: str = "") -> None:
         """The numbers up to this one are taken, by a commit of this receipt if there is one."""
         self._taken = max(self._taken, n)
+        self._sent_after = None
         if receipt:
             self.acknowledged = receipt, time.monotonic()
 
     def entry(self, receipt: str, n: int, content: dict[str, str] | None = None) -> bytes:
-        """The JSON of a commit's record in the log."""
+        """The JSON of a commit's record in the log, which is about to be sent."""
+        if n == self.next:
+            self._sent_after = self.heard
         return msgspec.json.encode({"id": receipt, "server": self._server, "n": n, **(content or {})})
 
     async def settled(self, receipt: str, in_doubt: bool, end: float) -> bool:
@@ -76,6 +93,7 @@ class Receipts:
     def unknown(self, n: int, writes: int) -> OutcomeUnknown:
         """The error for a commit of which nothing could be learned. Its number counts as taken: a gap in the
         numbers can be looked into, two commits of one number cannot."""
+        self._unknown.update(range(self.next, n + 1))
         self.take(n)
         return OutcomeUnknown(
             f"{writes} writes were sent to PocketBase at {self._client.url}, but it could not be learned "
