@@ -1,6 +1,6 @@
 """A server that does nothing but append events at full speed, for tests that need several, or one to kill.
 
-    python -m tests.appender URL PREFIX SESSION...          POCKETBASE_ADMIN_TOKEN in the environment
+    python -m tests.appender URL PREFIX log|batch SESSION...          POCKETBASE_ADMIN_TOKEN in the environment
 
 It says "ready", begins at the first line of its standard input, and ends at the end of it. Each session has a few
 callers. What has been acknowledged is said: session, offset and id of the event.
@@ -16,6 +16,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal, cast
 
 from parlant.core.sessions import Event, EventKind, EventSource, SessionId
 
@@ -27,12 +28,15 @@ CALLERS = 2
 """Of each session."""
 
 
-def config(prefix: str) -> Config:
-    """Each of several servers that commit by the log, under a prefix that they share."""
+Way = Literal["log", "batch"]
+
+
+def config(prefix: str, path: Way = "log") -> Config:
+    """Each of several servers that commit by this path, under a prefix that they share."""
     return Config(
         stores=StoreSettings(f"{prefix}_sessions", f"{prefix}_customers", f"{prefix}_variables"),
         coherence=CoherenceSettings(mode="off"),
-        pocketbase=PocketBaseSettings(commit="log"),
+        pocketbase=PocketBaseSettings(commit=path),
         logging=LoggingSettings(level="warning"),
     )
 
@@ -48,8 +52,8 @@ def is_whole(event: Event) -> bool:
     return event.trace_id == str(event.data) and event.metadata == {"number": event.data}
 
 
-async def main(url: str, prefix: str, *sessions: str) -> None:
-    async with open_stores(config(prefix), connection_params={"url": url}) as stores:
+async def main(url: str, prefix: str, path: str, *sessions: str) -> None:
+    async with open_stores(config(prefix, cast(Way, path)), connection_params={"url": url}) as stores:
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         ending = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
@@ -72,10 +76,12 @@ class Appender:
 
     @classmethod
     @asynccontextmanager
-    async def ready(cls, server: PocketBaseServer, prefix: str, *sessions: str) -> AsyncIterator[Appender]:
+    async def ready(
+        cls, server: PocketBaseServer, prefix: str, *sessions: str, path: Way = "log"
+    ) -> AsyncIterator[Appender]:
         """One that can begin. It is killed at the end, if it has not ended by then."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.appender", server.url, prefix, *sessions),
+            *(sys.executable, "-m", "tests.appender", server.url, prefix, path, *sessions),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "POCKETBASE_ADMIN_TOKEN": server.connection_params["admin_token"]},

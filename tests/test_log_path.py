@@ -4,10 +4,12 @@ section 4; facts: pocketbase, section 13)."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -29,7 +31,7 @@ from pb_cached.errors import (
 )
 from pb_cached.pocketbase.commit import installation, triggers
 from tests.conftest import DatabaseMaker
-from tests.faults import FaultProxy, answer
+from tests.faults import EVERY, FaultProxy, answer
 
 pytestmark = pytest.mark.slow
 
@@ -195,6 +197,39 @@ async def test_auto_takes_the_log_path_and_the_batch_path_stays_away_from_it(
     for config in (BATCH_PATH, native):
         with pytest.raises(ConfigError, match="uninstall"):
             await make_database(config=config).__aenter__()
+
+
+@pytest.mark.parametrize(("may_use_sql", "path"), [(True, "log"), (False, "batch")])
+async def test_auto_says_once_which_path_it_takes(
+    make_database: DatabaseMaker,
+    pocketbase: PocketBaseServer,
+    proxy: FaultProxy,
+    prefix: str,
+    caplog: pytest.LogCaptureFixture,
+    may_use_sql: bool,
+    path: str,
+) -> None:
+    """However many logs and databases there are on a connection."""
+    if not may_use_sql:
+        proxy.plan("POST", "/api/sql", answer(403), at=EVERY)
+    caplog.set_level(logging.INFO)
+    params = {**pocketbase.connection_params, "url": proxy.url}
+    config = Config(collections={"notes": CollectionSettings(log=True)})
+    async with AsyncExitStack() as stack:
+        for name in (prefix, f"{prefix}_second"):
+            database = await stack.enter_async_context(
+                make_database(
+                    connection_params=params,
+                    config=config,
+                    collection_prefix=name,
+                    logger=logging.getLogger("test"),
+                )
+            )
+            await works(await notes_of(database), 1)
+            assert database.stats().writes.path == path
+    said = [line.getMessage() for line in caplog.records if line.levelno >= logging.INFO and line.name == "test"]
+    chosen = [line for line in said if "commit path chosen" in line]
+    assert len(chosen) == 1 and f"path={path}" in chosen[0], said
 
 
 async def test_native_events_are_had_by_the_batch_path(make_database: DatabaseMaker, dashboard: Dashboard) -> None:
@@ -507,6 +542,22 @@ async def test_a_column_in_use_cannot_be_removed_and_a_renamed_one_comes_back_wi
         await works(notes, 4)
 
 
+async def test_a_column_in_use_cannot_be_given_another_type(
+    notes: DocumentCollection[Note], dashboard: Dashboard
+) -> None:
+    """Not in one step, as the dashboard does it: its data is not lost, and commits go on."""
+    await notes.insert_one(note(1))
+
+    def retype(collection: dict[str, Any]) -> None:
+        kept = [field for field in collection["fields"] if field["name"] != "stars"]
+        collection["fields"] = [*kept, {"name": "stars", "type": "text"}]
+
+    assert (await dashboard.change_collection(retype)).status_code == 400
+    assert (await dashboard.records())["n1"]["stars"] == 1
+    await works(notes, 2)
+    assert await notes.find_one(by_id(1)) == note(1)
+
+
 async def test_a_renamed_column_stops_no_other_collection(
     database: PocketBaseDocumentDatabase, notes: DocumentCollection[Note], dashboard: Dashboard
 ) -> None:
@@ -598,16 +649,45 @@ async def test_an_installation_works_on_when_sql_is_withdrawn(
         assert (await notes.find({})).total_count == 4
 
 
+async def test_rights_that_are_withdrawn_at_work_stop_no_commit_and_swallow_none(
+    make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy, dashboard: Dashboard
+) -> None:
+    params = {**pocketbase.connection_params, "url": proxy.url}
+    async with make_database(connection_params=params, config=LOG_PATH) as database:
+        notes = await notes_of(database)
+        await works(notes, 1)
+        proxy.plan("POST", "/api/sql", answer(403), at=EVERY)
+        await works(notes, 2)
+        outcomes = await asyncio.gather(
+            notes.insert_one(note(3)),
+            notes.update_one(by_id(9), cast(Note, {"stars": 1})),
+            notes.insert_one(note(4)),
+        )
+        assert outcomes[0].acknowledged and outcomes[2].acknowledged
+        # Now a trigger is lost, and nobody may make it anew.
+        for name, sql in (await dashboard.triggers()).items():
+            if f"DELETE FROM `{dashboard.table}`" in sql:
+                await dashboard.sql(f"DROP TRIGGER {name}")
+        with pytest.raises(SchemaError, match="could not be mended, which takes the SQL endpoint"):
+            await notes.insert_one(note(5))
+        assert set(await dashboard.records()) == {"n3", "n4"}
+        proxy.forget_plans()
+        await notes.insert_one(note(5))
+        await works(notes, 6)
+        assert set(await dashboard.records()) == {"n3", "n4", "n5"}
+
+
 async def test_without_sql_and_batches_each_write_is_a_request_of_its_own(
-    make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy
+    make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     for method, path in (("POST", "/api/sql"), ("GET", "/api/settings"), ("PATCH", "/api/settings")):
         proxy.plan(method, path, answer(403), at=range(1, 1000))
     params = {**pocketbase.connection_params, "url": proxy.url}
-    async with make_database(connection_params=params) as database:
+    async with make_database(connection_params=params, logger=logging.getLogger("test")) as database:
         notes = await notes_of(database)
         await asyncio.gather(*(notes.insert_one(note(number)) for number in range(5)))
         await works(notes, 7)
         assert proxy.count("POST", "/api/batch") == 0
+    assert caplog.text.count("where there is no log path either, each write is a request of its own") == 1
     with pytest.raises(ConfigError, match="SQL endpoint"):
         await make_database(connection_params=params, config=LOG_PATH).__aenter__()
