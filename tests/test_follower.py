@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import httpx
 import msgspec
@@ -29,7 +29,7 @@ from pb_cached.coherence.entries import Entry
 from pb_cached.coherence.feed import Feed, now
 from pb_cached.coherence.stats import CoherenceStats
 from pb_cached.collection import PocketBaseDocumentCollection
-from pb_cached.config import CoherenceSettings, CollectionSettings, WriteSettings
+from pb_cached.config import CoherenceSettings, CollectionSettings, PocketBaseSettings, WriteSettings
 from pb_cached.errors import OutcomeUnknown, SchemaError
 from pb_cached.pocketbase.realtime import RealtimeStream, Timing
 from tests.faults import EVERY, Buffer, Exchange, Fault, FaultProxy, Gate, Valve, Withheld, answer, delay
@@ -185,6 +185,7 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
             deadline: float = 30.0,
             stream: Fault | None = None,
             subscription: Fault | None = None,
+            commit: Literal["auto", "batch"] = "auto",
         ) -> Server:
             proxy = await stack.enter_async_context(FaultProxy(pocketbase.url))
             for method, fault in (("GET", stream), ("POST", subscription)):
@@ -198,6 +199,7 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
                 coherence=CoherenceSettings("realtime", MAX_STALENESS, HEARTBEAT, audit_interval=0),
                 collections=NOTES,
                 writes=WriteSettings(deadline=deadline),
+                pocketbase=PocketBaseSettings(commit=commit),
             )
             params = pocketbase.connection_params | {"url": proxy.url}
             database = await stack.enter_async_context(
@@ -299,6 +301,28 @@ async def test_a_beat_tells_of_a_commit_that_nothing_follows(one: Server, other:
     await one.notes.insert_one(note(topic, 0))
     await other.shows(topic, "text 0")
     assert other.coherence.gaps == 1
+
+
+@pytest.mark.parametrize("is_followed", [True, False], ids=["by another number", "by a beat"])
+async def test_where_a_batch_has_not_come_neither_may_have_what_it_changed(
+    open_server: OpenServer, topic: str, prefix: str, is_followed: bool
+) -> None:
+    one, other = await open_server(prefix, commit="batch"), await open_server(prefix, commit="batch")
+    await one.notes.insert_one(note(topic, 0))
+    await other.knows(one)
+    await other.shows(topic, "text 0")
+    await other.caches(topic)
+    other.tap.lost = lambda _, record: bool(
+        record.get("n") or record.get("topic")
+    )  # a commit, and what it changed
+    await one.notes.update_one({"topic": {"$eq": topic}}, {"text": "new"})
+    if is_followed:
+        await until(lambda: len(other.tap.kept) >= 2, lambda: other.tap.kept)
+        other.tap.lost = lambda _, record: False
+        await one.notes.insert_one(note(f"{topic} too", 0))
+    await other.shows(topic, "new")
+    assert other.coherence.gaps > 0
+    await other.caches(topic)
 
 
 @pytest.mark.parametrize("is_followed", [True, False], ids=["by another number", "by a beat"])
