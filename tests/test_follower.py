@@ -30,9 +30,10 @@ from pb_cached.coherence.feed import Feed, now
 from pb_cached.coherence.stats import CoherenceStats
 from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CoherenceSettings, CollectionSettings, PocketBaseSettings, WriteSettings
-from pb_cached.errors import OutcomeUnknown, SchemaError
+from pb_cached.errors import AuthenticationFailed, OutcomeUnknown, SchemaError
 from pb_cached.pocketbase.realtime import RealtimeStream, Timing
 from tests.faults import EVERY, Buffer, Exchange, Fault, FaultProxy, Gate, Valve, Withheld, answer, delay
+from tests.test_client import PASSWORD, Account
 
 MAX_STALENESS = 1.0
 HEARTBEAT = 0.2
@@ -186,6 +187,7 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
             stream: Fault | None = None,
             subscription: Fault | None = None,
             commit: Literal["auto", "batch"] = "auto",
+            token: str = "",
         ) -> Server:
             proxy = await stack.enter_async_context(FaultProxy(pocketbase.url))
             for method, fault in (("GET", stream), ("POST", subscription)):
@@ -202,6 +204,8 @@ async def open_server(pocketbase: PocketBaseServer, monkeypatch: pytest.MonkeyPa
                 pocketbase=PocketBaseSettings(commit=commit),
             )
             params = pocketbase.connection_params | {"url": proxy.url}
+            if token:
+                params["admin_token"] = token
             database = await stack.enter_async_context(
                 PocketBaseDocumentDatabase(
                     logger, params, collection_prefix=prefix, http_client=http, config=config
@@ -694,6 +698,35 @@ async def test_where_no_stream_comes_every_read_asks_pocketbase_and_that_is_said
     async with other.proxy.down():
         pass
     await other.caches(topic)
+
+
+async def test_a_token_that_dies_ends_cached_answers_within_the_bound_and_never_looks_like_nothing(
+    one: Server, open_server: OpenServer, hand: httpx.AsyncClient, topic: str, prefix: str
+) -> None:
+    account = Account(hand, "", hand.headers["Authorization"], f"{prefix}@example.org")
+    await account.create()
+    signed_in = await hand.post(
+        "/api/collections/_superusers/auth-with-password",
+        json={"identity": account.email, "password": PASSWORD},
+    )
+    other = await open_server(token=signed_in.json()["token"])
+    await one.notes.insert_one(note(topic, 0))
+    await other.shows(topic, "text 0")
+    await other.caches(topic)
+    await account.kill_tokens()
+    dead = now()
+    with pytest.raises(AuthenticationFailed):
+        while True:
+            asked = now()
+            assert await other.texts(topic) == ["text 0"]
+            assert asked < dead + MAX_STALENESS, "is still answered"
+            await asyncio.sleep(0.01)
+    await until(lambda: other.said("reads go to PocketBase"), lambda: "not said")
+    with pytest.raises(AuthenticationFailed):
+        await other.texts(topic)
+    await asyncio.sleep(2 * MAX_STALENESS)
+    assert other.said("reads go to PocketBase") == 1
+    assert other.said("no realtime stream") <= 2
 
 
 @pytest.mark.parametrize("fault", [answer(403), answer(400)], ids=["403", "400"])
