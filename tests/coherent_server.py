@@ -11,6 +11,7 @@ everything for the last time, and writes what it did to a file.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sys
 import time
@@ -71,6 +72,8 @@ class Work(Struct):
     """Seconds that an answer may be stale."""
     history: str
     """The file that its history goes to."""
+    diary: str = ""
+    """Likewise, of one that may be killed at any time: what it writes, when it begins and when it ends."""
     broken: Literal["", "drops commits", "swaps commits"] = ""
     commit: Commit = "auto"
 
@@ -136,11 +139,32 @@ def listed(session: str, events: Sequence[Event]) -> dict[str, Value]:
     return values
 
 
+class Diary:
+    """A file that holds what a process has done, however it ends."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if path else None
+
+    def note(self, number: int, op: Op | None) -> None:
+        """What a write is by now; None where it was refused."""
+        if self._file is not None:
+            os.write(self._file, msgspec.json.encode((number, op)) + b"\n")
+
+    @staticmethod
+    def read(path: Path) -> list[Op]:
+        """The writes that were begun. Of those that had not ended, it is unknown whether they were applied."""
+        lines = path.read_bytes().split(b"\n")[:-1]
+        last = dict(msgspec.json.decode(line, type=tuple[int, Op | None]) for line in lines)
+        return [op for op in last.values() if op is not None]
+
+
 class Historian:
     """Does operations on stores, and notes what they did."""
 
-    def __init__(self, name: str, passing: str, stores: Stores) -> None:
+    def __init__(self, name: str, passing: str, stores: Stores, diary: str = "") -> None:
         self.name = name
+        self._diary = Diary(diary)
+        self._writes = count()
         self.customer = CustomerId(passing)
         self.store = stores.session_store
         self.history: list[Op] = []
@@ -158,6 +182,9 @@ class Historian:
     ) -> Any:
         """Note a write of this value. Where it goes may depend on what it returns."""
         begin, done, end = now(), None, NEVER
+        number = next(self._writes)
+        unknown = {ANYWHERE: value} if callable(values) else values
+        self._diary.note(number, Op(self.name, "write", begin, end, unknown))
         try:
             done = await work
             end = now()
@@ -166,9 +193,11 @@ class Historian:
                 values = {ANYWHERE: value}
         except (PBCachedError, ItemNotFoundError, AssertionError):  # Parlant asserts that what it found stays
             self.refused += 1
+            self._diary.note(number, None)
             return None
         made = values(done) if callable(values) else values
         self.history.append(Op(self.name, "write", begin, end, made))
+        self._diary.note(number, self.history[-1])
         return done
 
     async def read(self, session: str, kind: Literal["read", "last read"] = "read") -> None:
@@ -215,7 +244,7 @@ class Server(Historian):
     """One that works."""
 
     def __init__(self, work: Work, sessions: Sequence[str], stores: Stores) -> None:
-        super().__init__(work.name, work.passing, stores)
+        super().__init__(work.name, work.passing, stores, work.diary)
         self._work = work
         self._sessions = sessions
         self._chance = random.Random(work.seed)

@@ -21,11 +21,12 @@ import pytest
 import pytest_asyncio
 
 from pb_cached import PocketBaseServer, open_stores
-from tests.checker import POCKETBASE, Op, check, key_of, rules
+from tests.checker import NEVER, POCKETBASE, Op, check, key_of, rules
 from tests.coherent_server import (
     MAX_STALENESS,
     PREFIX,
     Commit,
+    Diary,
     Done,
     Historian,
     begun,
@@ -42,7 +43,7 @@ from tests.test_client import PASSWORD, Account
 SECONDS: Final = 2.5
 """Of work."""
 FIELDS: Final = ("customer_id", "agent_id", "consumption_offsets")
-"""Each is one server's own."""
+"""Each is one server's own, until others join."""
 SCRAMBLED: Final = 0.3
 BOUND: Final = MAX_STALENESS
 """What the checker allows: what the README promises, and nothing on top of it."""
@@ -66,15 +67,18 @@ class Servers:
         self._bound = bound
         self._commit: Commit = commit
         self._processes: list[asyncio.subprocess.Process] = []
+        self._stack = AsyncExitStack()
+        self._numbers = itertools.count()
 
     async def work(self, meanwhile: Meanwhile, broken: dict[int, str]) -> None:
         """Have them work, while something happens, until all is over."""
         async with (
-            AsyncExitStack() as stack,
+            self._stack,
             httpx.AsyncClient(timeout=30) as http,
             open_stores(settings("off", self._commit), connection_params=self._params, http_client=http) as stores,
         ):
-            await self._start(stack, broken)
+            for number in range(len(FIELDS)):
+                await self._start(broken.get(number, ""))
             setup = Historian("setup", self.passing, stores)
             self.sessions = [session.id for _ in FIELDS if (session := await setup.create())]
             await self._tell(self.sessions)
@@ -85,29 +89,58 @@ class Servers:
             passing = sorted({id_ for ids in await self._heard() for id_ in ids})
             await self._tell(passing)
             async with asyncio.timeout(GONE_SECONDS):
-                assert [await process.wait() for process in self._processes] == [0] * len(FIELDS)
+                assert [await process.wait() for process in self._processes] == [0] * len(self._processes)
             last = Historian(POCKETBASE, self.passing, stores)
             await read_all(last, self.sessions, passing)
         self.done = [
             msgspec.json.decode(file.read_bytes(), type=Done) for file in sorted(self._folder.glob("*.json"))
         ]
-        self.history += [*setup.history, *last.history, *(op for done in self.done for op in done.history)]
+        diaries = [op for file in sorted(self._folder.glob("*.diary")) for op in Diary.read(file)]
+        told = [op for done in self.done for op in done.history]
+        self.history += [*setup.history, *last.history, *diaries, *told]
 
-    async def _start(self, stack: AsyncExitStack, broken: dict[int, str]) -> None:
-        for number, field in enumerate(FIELDS):
-            work = {
-                "name": f"s{number}", "seed": number, "own": field, "params": self._params,
-                "passing": self.passing, "bound": self._bound, "history": str(self._folder / f"{number}.json"),
-                "broken": broken.get(number, ""), "commit": self._commit,
-            }  # fmt: skip
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.coherent_server", msgspec.json.encode(work).decode()),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                cwd=Path(__file__).parent.parent,
-            )
-            stack.push_async_callback(_ended, process)
-            self._processes.append(process)
+    async def join(self) -> None:
+        """One more begins, and works."""
+        before, self._processes = self._processes, []
+        try:
+            await self._start()
+            await self._tell(self.sessions)
+            assert await self._heard() == [["ready"]]
+            await self._tell([])
+        finally:
+            self._processes = [*before, *self._processes]
+
+    async def kill(self) -> None:
+        """The one that came last ends, without a chance to do anything about it."""
+        process = self._processes.pop()
+        process.kill()
+        await process.wait()
+
+    async def stop(self, number: int, seconds: float) -> None:
+        """One does nothing for a while, and does not know of it."""
+        self._processes[number].send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._processes[number].send_signal(signal.SIGCONT)
+
+    async def _start(self, broken: str = "") -> None:
+        number = next(self._numbers)
+        is_mortal = number >= len(FIELDS)
+        work = {
+            "name": f"s{number}", "seed": number, "own": FIELDS[number % len(FIELDS)], "params": self._params,
+            "passing": self.passing, "bound": self._bound, "history": str(self._folder / f"{number}.json"),
+            "diary": str(self._folder / f"{number}.diary") if is_mortal else "",
+            "broken": broken, "commit": self._commit,
+        }  # fmt: skip
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.coherent_server", msgspec.json.encode(work).decode()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
+        self._stack.push_async_callback(_ended, process)
+        self._processes.append(process)
 
     async def _tell(self, words: Sequence[str]) -> None:
         for process in self._processes:
@@ -249,6 +282,26 @@ async def test_they_are_where_pocketbase_stands_still_for_longer_than_answers_ma
         await asyncio.sleep(SECONDS / 2)
 
     assert_coherent(await run(own_pocketbase.connection_params, stand_still))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("commit", ["log", "batch"])
+async def test_they_are_where_servers_begin_in_the_middle_are_stopped_and_are_killed(
+    run: Run, own_pocketbase: PocketBaseServer, commit: Commit
+) -> None:
+    async def come_and_go(servers: Servers) -> None:
+        await servers.join()
+        await servers.stop(0, 2 * MAX_STALENESS)
+        await asyncio.sleep(SECONDS / 3)
+        await servers.kill()
+        await servers.join()
+        await asyncio.sleep(SECONDS / 3)
+        await servers.kill()
+        await asyncio.sleep(SECONDS / 3)
+
+    servers = await run(own_pocketbase.connection_params, come_and_go, commit=commit)
+    assert {"s3", "s4"} <= {op.process for op in servers.history if op.end < NEVER}, "the killed have not written"
+    assert_coherent(servers)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ class Logs:
 
     def since(self, log: str, newest: str) -> AsyncIterator[Entry]:
         """The commits from a little before that time on."""
-        return self._each(log, f"created >= '{_earlier(newest)}' && n > 0")
+        return self._each(log, _earlier(newest), "n > 0")
 
     def numbered(self, log: str, gap: Gap, began: tuple[str, float]) -> AsyncIterator[Entry]:
         """The commits with these numbers, those that exist, in their order.
@@ -66,20 +66,25 @@ class Logs:
             began: a time, and how many seconds before it those began that matter. What is older may be left out.
         """
         numbers = f"server = '{gap.server}' && n >= {gap.first} && n <= {gap.last}"
-        return self._each(log, f"created >= '{_earlier(*began)}' && {numbers}")
+        return self._each(log, _earlier(*began), numbers)
 
-    async def _each(self, log: str, where: str) -> AsyncIterator[Entry]:
-        last = ""
+    async def _each(self, log: str, since: str, where: str) -> AsyncIterator[Entry]:
+        """In the order of their times, and of nothing else: of that there is an index, and by any other order
+        SQLite looks at all of the log. What has the time of a page's last entry may be on the next one too."""
+        seen: set[str] = set()
         while True:
-            entries = await self._page(log, f"{where} && id > '{last}'")
+            count = PAGE + len(seen)
+            entries = await self._page(log, f"created >= '{since}' && {where}", count)
             for entry in entries:
-                yield entry
-            if len(entries) < PAGE:
+                if entry.id not in seen:
+                    yield entry
+            if len(entries) < count:
                 return
-            last = entries[-1].id
+            since = entries[-1].created
+            seen = {entry.id for entry in entries if entry.created == since}
 
-    async def _page(self, log: str, where: str) -> list[Entry]:
-        params: dict[str, str | int] = {"filter": where, "sort": "id", "perPage": PAGE, "skipTotal": 1}
+    async def _page(self, log: str, where: str, count: int) -> list[Entry]:
+        params: dict[str, str | int] = {"filter": where, "sort": "created", "perPage": count, "skipTotal": 1}
         content = await self._client.call("GET", records_path(log), params=params)
         return msgspec.json.decode(content, type=_Entries).items
 
