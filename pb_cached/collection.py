@@ -81,8 +81,11 @@ def _counted(
 
     @wraps(method)
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._calls.one():
+        generation = self._calls.begin()
+        try:
             return await method(self, *args, **kwargs)
+        finally:
+            self._calls.end(generation)
 
     return call
 
@@ -302,6 +305,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
 
     def fit(self, operations: Sequence[Operation]) -> int:
         """How many of the first of these fit into one commit; one at least, where there is any."""
+        if len(operations) <= 1:
+            return len(operations)
         most = min(self._settings.max_commit_records, self._committer.path.max_operations)
         left = min(self._settings.max_commit_bytes, self._committer.path.max_bytes)
         for count, operation in enumerate(operations[:most]):
@@ -318,7 +323,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             PBCachedError: as `insert_one`.
         """
         self._require_open()
-        for operation, reply in zip(operations, await self._committer.write(*operations), strict=True):
+        await self._committer.room()
+        for operation, reply in zip(operations, await self._committer.submit(*operations), strict=True):
             await self._checked(operation, reply)
 
     @_counted

@@ -323,6 +323,29 @@ async def test_a_variable_that_servers_define_at_once_is_one_variable_with_each_
         assert all(sorted(variable.tags) == ["new", "vip"] for variable in variables)
 
 
+@pytest.mark.slow
+async def test_of_servers_that_write_to_one_hot_session_none_stands_still(open_server: OpenServer) -> None:
+    realtime = CoherenceSettings(mode="realtime")
+    async with open_server(realtime) as one, open_server(realtime) as other:
+        session = await begin(one)
+        total = 4500
+        by_offset: dict[int, int] = {}
+
+        async def write(server: Stores, number: int) -> None:
+            while len(by_offset) < total:
+                by_offset[await say(server, session)] = number
+
+        async with asyncio.timeout(60):
+            await asyncio.gather(
+                *(write(server, number) for number, server in enumerate((one, other)) for _ in range(30))
+            )
+        assert sorted(by_offset) == list(range(len(by_offset)))
+        writers = [by_offset[offset] for offset in range(len(by_offset))]
+        runs = [len(list(run)) for _, run in itertools.groupby(writers)]
+        assert min(writers.count(0), writers.count(1)) >= total / 6
+        assert max(runs) <= total / 3, f"one wrote {max(runs)} events while the other one waited"
+
+
 async def test_events_that_share_an_offset_already_are_no_reason_to_stop(
     open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str
 ) -> None:

@@ -222,7 +222,8 @@ class Appends:
             late = None
 
     async def _next_offset(self, session_id: SessionId, *, anew: bool) -> int:
-        anew = anew or self._contended.get(session_id, 0.0) > time.monotonic()
+        if self._contended and self._contended.get(session_id, 0.0) > time.monotonic():
+            anew = True
         latest = await self._events().greatest({"session_id": {"$eq": session_id}}, "offset", anew=anew)
         return 0 if latest is None else latest + 1
 

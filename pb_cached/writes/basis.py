@@ -8,22 +8,22 @@ Who reads and writes outside of one is asked for nothing, and the last write of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 _read: ContextVar[dict[str, int] | None] = ContextVar("pb_cached_read", default=None)
 """By record, the first revision of it that was read: a later one may not be what the write follows from."""
 
 
-@contextmanager
-def built_on_what_it_reads() -> Iterator[None]:
+class BuiltOnWhatItReads:
     """What is done in here is one piece of work: its updates are built on what it has read."""
-    token = _read.set({})
-    try:
-        yield
-    finally:
-        _read.reset(token)
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> None:
+        self._token = _read.set({})
+
+    def __exit__(self, *_: object) -> None:
+        _read.reset(self._token)
 
 
 def note_read(record: str, rev: int) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
-class _Generation:
+class Generation:
     """The calls that began between two who wait."""
 
     __slots__ = ("calls", "over")
@@ -25,21 +23,20 @@ class Calls:
     """
 
     def __init__(self) -> None:
-        self._latest = _Generation()
-        self._earlier: list[_Generation] = []
+        self._latest = Generation()
+        self._earlier: list[Generation] = []
 
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """A call is under way in here."""
-        generation = self._latest
-        generation.calls += 1
-        try:
-            yield
-        finally:
-            generation.calls -= 1
-            if not generation.calls and generation.over is not None:
-                generation.over.set_result(None)
-                self._earlier.remove(generation)
+    def begin(self) -> Generation:
+        """A call begins. Gives what it is to end with."""
+        self._latest.calls += 1
+        return self._latest
+
+    def end(self, generation: Generation) -> None:
+        """A call is over."""
+        generation.calls -= 1
+        if not generation.calls and generation.over is not None:
+            generation.over.set_result(None)
+            self._earlier.remove(generation)
 
     @property
     def under_way(self) -> int:
@@ -50,6 +47,6 @@ class Calls:
         if self._latest.calls:
             self._latest.over = asyncio.get_running_loop().create_future()
             self._earlier.append(self._latest)
-            self._latest = _Generation()
+            self._latest = Generation()
         if self._earlier:
             await asyncio.wait([generation.over for generation in self._earlier if generation.over])

@@ -41,7 +41,8 @@ class Room:
         """One of that size waits no more."""
         self.records -= 1
         self.bytes -= size
-        self._admit()
+        if self._waiting:
+            self._admit()
 
     async def wait_and_enter(self, size: int, until: float) -> None:
         """Enter as soon as there is room.
