@@ -793,9 +793,10 @@ async def test_a_log_is_trimmed_when_it_is_opened(
     make_database: DatabaseMaker, records: Records, prefix: str
 ) -> None:
     async with make_database(config=writes()):
-        id_ = first_id_at(time.time() - 7_200)
-        old = {"id": id_, "n": 0, "guard": id_}
-        await records.http.post(f"/api/collections/{prefix}_log/records", json=old)
+        pass  # and has trimmed what there is
+    id_ = first_id_at(time.time() - 7_200)
+    old = {"id": id_, "n": 0, "guard": id_}
+    await records.http.post(f"/api/collections/{prefix}_log/records", json=old)
     async with make_database(config=writes(log_retention=60.0, deadline=7_000.0)):
         pass
     assert len(await records.of("log")) == 1, "a commit may be sent again until its deadline"
