@@ -458,6 +458,24 @@ async def test_what_a_commit_does_not_tell_is_read(one: Server, other: Server, t
     assert (await other.notes.find({"topic": {"$eq": topic}})).items[0]["number"] == 2**60
 
 
+async def test_what_a_commit_does_not_tell_is_as_old_as_the_commit_may_be_until_it_is_read(
+    open_server: OpenServer, topic: str, prefix: str
+) -> None:
+    other, newer = await open_server(prefix), await open_server(prefix, NewerNote)
+    await other.caches(topic)
+    gate = Gate()
+    other.proxy.plan("GET", f"/api/collections/{other._collection}/records", gate, at=EVERY)
+    committed = now()
+    await newer.notes.insert_one(note(topic, 0, title="a title"))
+    of_notes = other.follower._logs[other.log].feed
+    async with asyncio.timeout(SOON):
+        await gate.reached.wait()
+    assert of_notes._doubtful is not None and of_notes._doubtful < committed
+    assert of_notes.good_until < committed + MAX_STALENESS
+    gate.open()
+    await other.shows(topic, "text 0")
+
+
 async def test_another_version_of_the_application_is_understood(
     one: Server, open_server: OpenServer, topic: str
 ) -> None:

@@ -133,11 +133,11 @@ class Feed:
         """
         server = self._servers.get(name) or self._stranger(name, created)
         server.known = max(server.known, last)
-        server.told = max(server.told, (last, self._date(after)))
+        server.told = max(server.told, (last, self.date(after)))
         self._due(name, server)
         return server.since is not None
 
-    def _date(self, created: str) -> float:
+    def date(self, created: str) -> float:
         """A moment before that time of PocketBase's; of what is missing, nothing is older than the last one."""
         for stamp, sent in reversed(self._beats):
             if stamp <= created:
@@ -172,7 +172,7 @@ class Feed:
             due.append(entry)
             server.expected += 1
         if due:
-            server.whole = max(server.whole, self._date(due[-1].created))
+            server.whole = max(server.whole, self.date(due[-1].created))
         last, date = server.told
         if last < server.expected:
             server.whole = max(server.whole, date)

@@ -265,7 +265,7 @@ class Follower:
                 else:
                     followed.collection.changed(row)
             except SchemaError:  # there is no telling what it holds
-                self._doubt(name, [record])
+                self._doubt(name, [record], now())
 
     def _arrived(self, feed: Feed, entry: Entry) -> None:
         if entry.layout == BEAT:
@@ -328,7 +328,7 @@ class Follower:
             return
         name = self._homes.get(entry.layout)
         if name is None:
-            self._strangers.append((feed, entry, now()))
+            self._strangers.append((feed, entry, feed.date(entry.created)))
             self._settle_doubts()
             self._changed.set()
             return
@@ -341,16 +341,16 @@ class Follower:
             self._counters.changes += len(payload.c) + len(payload.u) + len(payload.d)
             for followed in following:
                 if unclear := followed.collection.apply(entry.layout, payload):
-                    self._doubt(name, unclear)
+                    self._doubt(name, unclear, feed.date(entry.created))
         except (msgspec.DecodeError, LookupError, TypeError, ValueError):  # somebody has had a hand in the log
             self._log.warning("a commit cannot be read; what was cached is dropped", collection=name, id=entry.id)
             self._clear(following)
 
-    def _doubt(self, name: str, records: Iterable[str]) -> None:
+    def _doubt(self, name: str, records: Iterable[str], since: float) -> None:
         """Somebody has changed these records, and what they hold now must be read."""
         unclear = self._unclear.setdefault(name, {})
         for record in records:
-            unclear.setdefault(record, now())
+            unclear.setdefault(record, since)
         self._settle_doubts()
         self._changed.set()
 
@@ -589,7 +589,7 @@ class Follower:
         self._last_edit = sight.last_edit
         for name, record in sight.edits:
             if name in self._collections:
-                self._doubt(name, [record])
+                self._doubt(name, [record], now())
         for name in names:
             seen, before = sight.collections.get(name, Seen()), self._as_seen.get(name)
             if seen == before:
