@@ -336,6 +336,9 @@ class Follower:
         if not following:
             return
         self._counters.commits += 1
+        if not entry.payload:  # its log was full
+            self._clear(following)
+            return
         try:
             payload = entries.payload.decode(entry.payload)
             self._counters.changes += len(payload.c) + len(payload.u) + len(payload.d)
