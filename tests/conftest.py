@@ -135,3 +135,11 @@ async def database(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What soaks is slow."""
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker("slow")

@@ -215,13 +215,13 @@ async def test_servers_that_share_sessions_are_coherent(run: Run, pocketbase: Po
     assert_coherent(await run(pocketbase.connection_params, nothing_happens))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_commits_are_batches(run: Run, own_pocketbase: PocketBaseServer) -> None:
     """And PocketBase's own events tell what they have changed."""
     assert_coherent(await run(own_pocketbase.connection_params, nothing_happens, commit="batch"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_the_stream_of_batches_is_cut_again_and_again(
     run: Run, own_pocketbase: PocketBaseServer
 ) -> None:
@@ -231,7 +231,7 @@ async def test_they_are_where_the_stream_of_batches_is_cut_again_and_again(
         assert_coherent(await run(params, nothing_happens, commit="batch"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_the_stream_delays_repeats_and_reorders(
     run: Run, pocketbase: PocketBaseServer, proxy: FaultProxy
 ) -> None:
@@ -240,7 +240,7 @@ async def test_they_are_where_the_stream_delays_repeats_and_reorders(
     assert_coherent(await run(params, nothing_happens))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_the_stream_is_cut_again_and_again(
     run: Run, pocketbase: PocketBaseServer, proxy: FaultProxy
 ) -> None:
@@ -268,7 +268,7 @@ async def test_servers_that_are_broken_on_purpose_are_found_out(run: Run, pocket
     assert "3" in swapped
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_pocketbase_stands_still_for_longer_than_answers_may_be_old(
     run: Run, own_pocketbase: PocketBaseServer
 ) -> None:
@@ -284,7 +284,7 @@ async def test_they_are_where_pocketbase_stands_still_for_longer_than_answers_ma
     assert_coherent(await run(own_pocketbase.connection_params, stand_still))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("commit", ["log", "batch"])
 async def test_they_are_where_servers_begin_in_the_middle_are_stopped_and_are_killed(
     run: Run, own_pocketbase: PocketBaseServer, commit: Commit
@@ -304,7 +304,7 @@ async def test_they_are_where_servers_begin_in_the_middle_are_stopped_and_are_ki
     assert_coherent(servers)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_pocketbase_is_killed_and_started_again(
     run: Run, own_pocketbase: PocketBaseServer
 ) -> None:
@@ -319,7 +319,7 @@ async def test_they_are_where_pocketbase_is_killed_and_started_again(
     assert_coherent(await run(own_pocketbase.connection_params, kill))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_their_tokens_expire(
     run: Run, pocketbase: PocketBaseServer, http: httpx.AsyncClient, prefix: str
 ) -> None:
@@ -396,7 +396,7 @@ class Hand:
         return str(answer.json()["id"]) if answer.content else "-"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_they_are_where_foreign_hands_edit_add_and_delete_records(
     run: Run, pocketbase: PocketBaseServer
 ) -> None:

@@ -28,7 +28,7 @@ from tests.appender import CALLERS, Appender, Way, append, config, is_whole
 from tests.audit import require_whole_commits
 from tests.faults import FaultProxy, Gate, cut_after
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 @pytest_asyncio.fixture

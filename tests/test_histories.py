@@ -290,7 +290,7 @@ async def test_what_callers_are_told_is_true_whatever_becomes_of_their_requests(
     await run(folder, settings(path, mode), seed=1, calls=500, deaths=1)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", [2])
 @pytest.mark.parametrize(("path", "mode"), [("log", "off"), ("batch", "exclusive")])
 async def test_what_callers_are_told_is_true_all_day_long(

@@ -220,10 +220,13 @@ TRANSPORTS: dict[str, Callable[[httpx.Limits], httpx.AsyncBaseTransport]] = {
 }
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture
 def transport(request: pytest.FixtureRequest) -> str:
-    """What connections are made of."""
-    return str(request.param)
+    """What connections are made of: httpx's own where a test is marked to try both."""
+    return str(getattr(request, "param", "aiohttp"))
+
+
+by_both_transports = pytest.mark.parametrize("transport", TRANSPORTS, indirect=True)
 
 
 @pytest_asyncio.fixture
@@ -430,6 +433,7 @@ async def test_a_stream_that_repeats_or_lags_loses_nothing(
 # topics
 
 
+@by_both_transports
 async def test_topics_that_change_often_need_two_connections_in_all(
     make_stream: StreamMaker, streams: Counting, owner: Recorder, notes: Notes
 ) -> None:
@@ -499,6 +503,7 @@ async def test_without_topics_there_is_no_stream(
 # losses
 
 
+@by_both_transports
 async def test_a_stream_that_is_cut_is_lost_and_connected_anew(
     make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes
 ) -> None:
@@ -642,6 +647,7 @@ async def test_a_pocketbase_that_stands_still_costs_nothing_that_it_commits_afte
         assert owner.told == ["connected", "connected"]
 
 
+@by_both_transports
 async def test_a_stream_that_is_silent_for_too_long_is_lost(
     make_stream: StreamMaker, owner: Recorder, notes: Notes
 ) -> None:
@@ -712,6 +718,7 @@ async def test_a_token_that_cannot_be_replaced_is_said_to_be_refused(
 # what is said, once, while it is tried on
 
 
+@by_both_transports
 @pytest.mark.parametrize(
     ("method", "fault", "words"),
     [
@@ -792,6 +799,7 @@ async def client_of(transport: str, connections: int) -> AsyncIterator[httpx.Asy
         yield opened
 
 
+@by_both_transports
 async def test_one_connection_is_too_few_and_leaves_the_others_to_their_requests(
     make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, transport: str
 ) -> None:
@@ -811,6 +819,7 @@ async def test_one_connection_is_too_few_and_leaves_the_others_to_their_requests
     assert owner.told == []
 
 
+@by_both_transports
 async def test_with_two_connections_a_stream_is_replaced_with_a_loss_that_is_told(
     make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, transport: str
 ) -> None:
@@ -922,6 +931,7 @@ MOMENTS = [
 ]
 
 
+@by_both_transports
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_closing_at_any_moment_leaves_no_task_no_connection_and_tells_nothing(

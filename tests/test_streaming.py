@@ -455,7 +455,7 @@ async def test_what_could_not_be_written_is_written_when_pocketbase_is_back(
 ) -> None:
     monkeypatch.setattr(streaming, "AGAIN_SECONDS", 0.05)
     commits = Commits(proxy)
-    async with open_server(coherence=EXCLUSIVE, writes=WriteSettings(deadline=0.3)) as stores:
+    async with open_server(coherence=EXCLUSIVE, writes=WriteSettings(deadline=1.0)) as stores:
         stream = Stream(stores, await begin(stores))
         await stream.begin("a")
         async with proxy.down():

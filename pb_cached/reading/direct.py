@@ -178,10 +178,7 @@ class DirectReads:
         return column is not None and column.kind is Kind.TEXT
 
     async def _exceptional(self, filter_: str) -> Sequence[Row]:
-        """The records that are not plain, all that the filter lets through. Most collections have none, which
-        takes one look into their index; through a filter it would take all that the filter finds."""
-        if not (await self._reader.page(IS_EXCEPTIONAL, "extra", 1)).rows:
-            return ()
+        """The records that are not plain, all that the filter lets through."""
         return [row async for row in self._reader.all((" && ".join(filter(None, (filter_, IS_EXCEPTIONAL))),))]
 
     def _ordered(self, rows: Iterable[Row], predicate: Predicate, descending: bool) -> list[Document]:
