@@ -178,12 +178,14 @@ class _Turn:
         self._lock.release()
 
 
-def held(*by: str) -> Callable[[Method], Method]:
+def held(*by: str, merges: bool = True) -> Callable[[Method], Method]:
     """Make a store's method one whose writes are held by themselves.
 
     Args:
         by: the parameters that name what the method changes: it takes turns with all methods held by as many
             parameters of the same values. None: with nobody.
+        merges: what the method writes follows from what it has read. If not, it writes whole values that its
+            caller gives, of which the last one wins.
     """
 
     def decorate(method: Method) -> Method:
@@ -206,7 +208,7 @@ def held(*by: str) -> Callable[[Method], Method]:
             kwargs = {name: _own(value) for name, value in kwargs.items()}
 
             async def attempt() -> Any:
-                with BuiltOnWhatItReads():
+                with BuiltOnWhatItReads() if merges else contextlib.nullcontext():
                     return await method(self, *args, **kwargs)
 
             async def hold() -> Any:

@@ -88,7 +88,7 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         self._deletions: Deletions
 
     create_session = held()(SessionDocumentStore.create_session)
-    update_session = _of_session(SessionDocumentStore.update_session)
+    update_session = held("session_id", merges=False)(SessionDocumentStore.update_session)
     set_metadata = _of_session(SessionDocumentStore.set_metadata)
     unset_metadata = _of_session(SessionDocumentStore.unset_metadata)
     upsert_labels = _of_session(SessionDocumentStore.upsert_labels)

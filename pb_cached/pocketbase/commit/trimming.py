@@ -62,7 +62,7 @@ async def empty(sql: Sql, log: str, most_bytes: int) -> AsyncGenerator[None]:
     held = f"SELECT id, sum(octet_length(payload)) OVER (ORDER BY id DESC) held FROM `{log}` WHERE n>0"
     ((last,),) = await sql.select(f"SELECT max(id) FROM ({held}) WHERE held>{most_bytes}")
     step, after = Step(), ""
-    while True:
+    while last:
         rows = await sql.select(
             f"SELECT id FROM `{log}` WHERE id>'{after}' AND id<='{last}' AND n>0 AND payload<>'' "
             f"AND guard<>'' ORDER BY id LIMIT {step.records}"
