@@ -68,17 +68,17 @@ _LONE: Final = (
     "commit comes back by the stream. An insert-only log for events would take a third of that away."
 )
 _CROWD: Final = (
-    "While PocketBase commits this process waits, and the other way round: about 110 and 60 microseconds an event. "
-    "In mode realtime a fifth of the rate goes into our own commits that come back by the stream; without that "
-    "(exclusive, in the same table) it is near the bound. A leaner turn at a session's writes would change it."
+    "While PocketBase commits, this process waits, and the other way round: 110 and 60 microseconds an event. In "
+    "mode realtime a fifth of the rate goes into our own commits that come back by the stream; without it "
+    "(exclusive, in the same table) the bound is nearly reached. Cheaper turns at a session would change it."
 )
 _FOLLOWER: Final = (
-    "PocketBase encodes each commit for each follower anew, and here followers share the writers' two cores: their "
-    "own CPU is in it. On machines of their own only PocketBase's part is left: its CPU for an event, in the table."
+    "PocketBase encodes each commit anew for each follower, and here followers share the writers' two cores, so "
+    "their own CPU is in it. With machines of their own PocketBase's part is left, as the table has it."
 )
 _PAUSE: Final = (
-    "Another process on the machine, or the collector's own luck: the values of the rounds lie on both sides of the "
-    "bound. Entries that the collector need not look at would change it."
+    "The values of the rounds lie on both sides of the bound, as the machine drifts. Entries that the collector "
+    "need not look at would change it."
 )
 
 _ALL: Final = (
