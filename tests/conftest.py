@@ -32,7 +32,7 @@ def silent_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PB_CACHED_CONFIG", raising=False)
 
 
-TESTS_OF_A_SERVER = 30
+TESTS_OF_A_SERVER = 15
 """PocketBase looks at all of its collections for each that is made, so a server slows down with those of the tests
 before: after so many a new one takes over."""
 
