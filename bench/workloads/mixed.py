@@ -127,7 +127,7 @@ class Mix:
 
 async def measure(run: Run) -> None:
     seconds, rounds = run.scaled(40, 7) / 10, run.options.rounds
-    sizes = run.sizes((1, 2, 4), (1, 2))
+    sizes = run.sizes((1, 2, 4), (1,))
     async with AsyncExitStack() as stack:
         ours = await Fleet.start(stack, OURS, "ours", max(sizes))
         plain = await Fleet.start(stack, PLAIN, "plain", 1)
