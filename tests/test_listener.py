@@ -264,7 +264,9 @@ async def test_a_thousand_who_wait_for_the_events_of_one_session_share_one_look(
     tasks = await wait.begun(
         *(wait.listener.wait_for_more_events(session.id, min_offset=1 + n // 500) for n in range(1000))
     )
-    assert wait.looks.count == 1, "all have come before it began"
+    assert wait.looks.count <= 2, (
+        "all have come before it began; and one if the stream tells of what was said only now"
+    )
     await say(stores, session)
     await wait.looks.are_done()
     assert wait.looks.count <= 3, "one look at what the event has changed, and one if a load was news too"
