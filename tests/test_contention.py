@@ -268,6 +268,7 @@ async def test_without_comparison_an_update_still_contains_what_was_acknowledged
             assert dict(written.metadata) == {"other": 1, "own": 2}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("commit", ["log", "batch"])
 async def test_servers_that_open_a_fresh_store_at_once_tell_its_version_once(
     open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str, commit: Literal["log", "batch"]
@@ -306,6 +307,7 @@ async def test_several_metadata_documents_that_are_there_already_are_no_reason_t
     assert "several metadata documents" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 async def test_a_variable_that_servers_define_at_once_is_one_variable_with_each_tag_once(
     open_server: OpenServer,
 ) -> None:

@@ -372,6 +372,7 @@ def runner() -> Any:
         yield made
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("path", ["log", "batch"])
 def test_any_mix_of_writes_commits_the_good_ones_and_answers_each_caller(
     pocketbase: PocketBaseServer, prefix: str, runner: asyncio.Runner, path: Path
