@@ -29,7 +29,6 @@ from pb_cached.cache.predicate import Predicate, compile_where
 from pb_cached.cache.stats import CollectionStats
 from pb_cached.cache.watches import Wake
 from pb_cached.coherence import FollowedCollection
-from pb_cached.config import WriteSettings
 from pb_cached.connection import Connection
 from pb_cached.errors import (
     InvalidDocument,
@@ -100,16 +99,19 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         connection: Connection,
         committer: Committer,
         caching: Caching,
-        settings: WriteSettings,
+        patience: float,
         log: Log,
     ) -> None:
+        """
+        Args:
+            patience: seconds for which an update is tried again that other servers overtake.
+        """
         self.codec = codec
         self.reader = RecordReader(connection.client, connection.dialect, codec)
         self.filters = FilterWriter(codec.columns, connection.dialect)
         self._spec = msgspec.structs.replace(spec, columns=codec.layout.declared)
         self._connection = connection
         self._committer = committer
-        self._settings = settings
         self._log = log
         make = partial(self._new_cache, caching)
         self._cached = connection.cached(spec.name, codec.layout, make) if caching.is_on else None
@@ -117,7 +119,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         self._watched = self._cached or WatchedCommits(
             caching.rule, partial(committer.follow, spec.name), partial(committer.unfollow, spec.name)
         )
-        self._changes = RecordChanges(codec, self._record, self._apply, settings.deadline)
+        self._changes = RecordChanges(codec, self._record, self._apply, patience)
         self._calls = Calls()
         self._looks_before = caching.follows is not None and not isinstance(committer.path, LogPath)
         """Nobody compares revisions, and what is cached may be older than what PocketBase has."""
@@ -304,16 +306,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         return InsertResult(acknowledged=True)
 
     def fit(self, operations: Sequence[Operation]) -> int:
-        """How many of the first of these fit into one commit; one at least, where there is any."""
-        if len(operations) <= 1:
-            return len(operations)
-        most = min(self._settings.max_commit_records, self._committer.path.max_operations)
-        left = min(self._settings.max_commit_bytes, self._committer.path.max_bytes)
-        for count, operation in enumerate(operations[:most]):
-            left -= operation.size
-            if left < 0 and count:
-                return count
-        return min(most, len(operations))
+        """See `Committer.fit`."""
+        return self._committer.fit(operations)
 
     @_counted
     async def commit(self, operations: Sequence[Operation]) -> None:
@@ -323,8 +317,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             PBCachedError: as `insert_one`.
         """
         self._require_open()
-        await self._committer.room()
-        for operation, reply in zip(operations, await self._committer.submit(*operations), strict=True):
+        for operation, reply in zip(operations, await self._committer.write(*operations), strict=True):
             await self._checked(operation, reply)
 
     @_counted

@@ -148,7 +148,7 @@ class Connection:
             home,
             path.receipts,
             self._config.writes.log_retention,
-            committer.trim,
+            committer.trim_in_background,
             path.repair if isinstance(path, LogPath) else None,
         )
 

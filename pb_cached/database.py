@@ -349,7 +349,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             connection,
             committer,
             self._caching(rule, log, committer),
-            self._config.writes,
+            self._config.writes.deadline,
             self._log,
         )
         if loader is not None:

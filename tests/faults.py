@@ -183,6 +183,18 @@ def answer(
     return fault
 
 
+def at_most(size: int, content: bytes) -> Fault:
+    """A PocketBase, or what stands before it, that takes no larger bodies, and says so with this one."""
+
+    async def fault(exchange: Exchange) -> None:
+        if len(exchange.body) > size:
+            await exchange.reply(413, content)
+        else:
+            await exchange.forward()
+
+    return fault
+
+
 def delay(seconds: float) -> Fault:
     """Everything happens, but later."""
 

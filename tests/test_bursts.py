@@ -26,8 +26,10 @@ from pb_cached.errors import (
 )
 from pb_cached.stores import Stores
 from tests.conftest import EXCLUSIVE
-from tests.faults import EVERY, Exchange, FaultProxy, Gate
+from tests.faults import EVERY, Exchange, FaultProxy, Gate, at_most
 from tests.test_contention import begin, offsets, prefixes, say
+
+TOO_LARGE = b'{"data":{},"message":"too large","status":413}'
 
 OpenServer = Callable[..., AbstractAsyncContextManager[Stores]]
 
@@ -77,18 +79,6 @@ class LateGate(Gate):
         self.passed.set()
 
 
-def takes_at_most(size: int) -> Callable[[Exchange], Any]:
-    """A PocketBase, or a gateway, whose limit for a request is smaller than some documents."""
-
-    async def fault(exchange: Exchange) -> None:
-        if len(exchange.body) > size:
-            await exchange.reply(413, b'{"data":{},"message":"too large","status":413}')
-        else:
-            await exchange.forward()
-
-    return fault
-
-
 async def until_done(calls: list[asyncio.Task[Any]]) -> list[Any]:
     async with asyncio.timeout(30):
         return await asyncio.gather(*calls, return_exceptions=True)
@@ -101,7 +91,7 @@ async def test_a_refused_event_fails_alone_and_leaves_no_hole(
     async with open_server(commit) as stores:
         session = await begin(stores)
         assert await say(stores, session) == 0
-        proxy.plan("POST", "/api/", takes_at_most(20_000), at=EVERY)
+        proxy.plan("POST", "/api/", at_most(20_000, TOO_LARGE), at=EVERY)
         written = ["a", "x" * 30_000, "b", object(), "c", "y" * 30_000, *map(str, range(10))]
         told = await asyncio.gather(*(say(stores, session, data) for data in written), return_exceptions=True)
         refused = {n: error for n, error in enumerate(told) if isinstance(error, PBCachedError)}

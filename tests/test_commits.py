@@ -55,6 +55,7 @@ from tests.faults import (
     FaultProxy,
     Gate,
     answer,
+    at_most,
     cut_after,
     cut_before,
     cut_in_request,
@@ -62,6 +63,8 @@ from tests.faults import (
     lost_by_gateway,
     twice,
 )
+
+TOO_LARGE = b'{"data":{},"message":"Request entity too large.","status":413}'
 
 pytestmark = pytest.mark.slow
 
@@ -486,7 +489,7 @@ async def test_the_operations_of_one_write_succeed_or_fail_together(
 async def test_a_document_that_pocketbase_finds_too_large_fails_alone(
     notes: DocumentCollection[Note], proxy: FaultProxy, records: Records
 ) -> None:
-    proxy.plan("POST", COMMIT, at_most(20_000), at=EVERY)
+    proxy.plan("POST", COMMIT, at_most(20_000, TOO_LARGE), at=EVERY)
     texts = ["s" * 100] * 3 + ["l" * 20_000] + ["s" * 100] * 3
     outcomes = await asyncio.gather(
         *(notes.insert_one(note(str(number), text)) for number, text in enumerate(texts)), return_exceptions=True
@@ -498,22 +501,10 @@ async def test_a_document_that_pocketbase_finds_too_large_fails_alone(
 async def test_a_commit_that_pocketbase_finds_too_large_is_halved(
     notes: DocumentCollection[Note], proxy: FaultProxy, records: Records
 ) -> None:
-    proxy.plan("POST", COMMIT, at_most(20_000), at=EVERY)
+    proxy.plan("POST", COMMIT, at_most(20_000, TOO_LARGE), at=EVERY)
     await asyncio.gather(*(notes.insert_one(note(str(number), "x" * 1_000)) for number in range(40)))
     assert list(await records.notes()) == list(map(str, range(40)))
     assert await records.numbers() == list(range(1, len(await records.numbers()) + 1))
-
-
-def at_most(size: int) -> Fault:
-    """What PocketBase says to a body beyond its `maxBodySize`."""
-
-    async def fault(exchange: Exchange) -> None:
-        if len(exchange.body) > size:
-            await exchange.reply(413, b'{"data":{},"message":"Request entity too large.","status":413}')
-        else:
-            await exchange.forward()
-
-    return fault
 
 
 async def test_a_commit_of_more_requests_than_pocketbase_allows_is_halved(

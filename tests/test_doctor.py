@@ -23,7 +23,9 @@ from pb_cached.cli.doctor import server
 from pb_cached.config import PocketBaseSettings, StoreSettings
 from pb_cached.pocketbase.commit import triggers
 from tests.conftest import DatabaseMaker
-from tests.faults import EVERY, Exchange, Fault, FaultProxy, Gate, answer
+from tests.faults import EVERY, Exchange, Fault, FaultProxy, Gate, answer, at_most
+
+TOO_LARGE = b"<html>413 Request Entity Too Large</html>"
 
 pytestmark = pytest.mark.slow
 
@@ -283,16 +285,6 @@ async def test_a_batch_api_that_nobody_may_switch_on_is_told(doctor: Doctor, pro
 # what stands in between
 
 
-def no_more_than(size: int) -> Fault:
-    async def fault(exchange: Exchange) -> None:
-        if len(exchange.body) > size:
-            await exchange.reply(413, b"<html>413 Request Entity Too Large</html>")
-        else:
-            await exchange.forward()
-
-    return fault
-
-
 @pytest.mark.parametrize(
     ("most", "found"),
     [
@@ -304,7 +296,7 @@ def no_more_than(size: int) -> Fault:
 async def test_how_much_a_proxy_lets_through_is_tried_out(
     doctor: Doctor, proxy: FaultProxy, most: int, found: str
 ) -> None:
-    proxy.plan("POST", "/api/realtime", no_more_than(most), at=EVERY)
+    proxy.plan("POST", "/api/realtime", at_most(most, TOO_LARGE), at=EVERY)
     told = await doctor(url=proxy.url)
     assert told.the("requests")[:2] == ("weak", found)
     assert told.status == 0

@@ -61,7 +61,7 @@ class _Log(Struct, frozen=True):
     home: str
     receipts: Receipts
     retained: float
-    trim: Callable[[], Awaitable[None]]
+    trim: Callable[[], None]
     repair: Callable[[], Awaitable[bool]] | None
 
     @property
@@ -147,7 +147,7 @@ class Follower:
         home: str,
         receipts: Receipts,
         retained: float,
-        trim: Callable[[], Awaitable[None]],
+        trim: Callable[[], None],
         repair: Callable[[], Awaitable[bool]] | None,
     ) -> None:
         """Follow a log, if it is not followed already.
@@ -534,7 +534,9 @@ class Follower:
                         await self._look()
                         await self._beat(logs)
                 if beats % TRIM_EVERY == 0:
-                    await asyncio.gather(*(log.trim() for log in read.values() if log.home == log.feed.log))
+                    for log in read.values():
+                        if log.home == log.feed.log:
+                            log.trim()
             except (PBCachedError, TimeoutError) as error:
                 self._log.debug("no beat", reason=str(error) or f"no answer within {limit:g} s")
             except Exception as error:

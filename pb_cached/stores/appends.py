@@ -38,12 +38,11 @@ from pb_cached.errors import (
 from pb_cached.exact import dumps
 from pb_cached.outcomes import fail, succeed
 from pb_cached.pocketbase.commit import Operation
+from pb_cached.stores.held import RETRY_AFTER
 from pb_cached.writes.room import Room
 
 CONTENDED_SECONDS: Final = 1.0
 """After another server has written to a session, its last offset is asked for at PocketBase."""
-RETRY_AFTER: Final = 0.005
-"""Seconds, at most, before events that were too late twice are numbered again. About a commit takes so long."""
 
 
 class Draft:

@@ -85,11 +85,10 @@ class Committer:
 
     Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
     is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
-    no room, in their order), `_watching` (who waits for the next commit to be decided), `_pace` (how many
-    records it may hold), `_trimming` (the task that
-    trims the log, the last one), `_trimmed_at` (after how many commits it began) and `_looked_at` (after how many
-    bytes those of the log were looked at), `_closed` and `_closing`, `_followers`. All of it is changed between
-    awaits only.
+    no room, in their order), `_watching` (who waits for the next commit to be decided), `_pace` (how many records
+    it may hold), `_trimming` (the task that trims the log, the last one), `_trimmed_at` (after how many commits it
+    began) and `_looked_at` (after how many bytes those of the log were looked at), `_closed` and `_closing`,
+    `_followers`. All of it is changed between awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -280,10 +279,6 @@ class Committer:
         if not self._closed and (self._trimming is None or self._trimming.done()):
             self._trimming = asyncio.create_task(self._keep_trimmed())
 
-    async def trim(self) -> None:
-        """`trim_in_background`, for those who await what they call: it is not waited for."""
-        self.trim_in_background()
-
     async def _keep_trimmed(self) -> None:
         """Trim until nothing is due any more. Its failure is no reason to stop."""
         try:
@@ -336,10 +331,25 @@ class Committer:
         finally:
             self._task = None
 
+    @property
+    def _most_bytes(self) -> int:
+        """Of one commit."""
+        return min(self._settings.max_commit_bytes, self.path.max_bytes)
+
+    def fit(self, operations: Sequence[Operation]) -> int:
+        """How many of the first of these fit into one commit; one at least, where there is any."""
+        if len(operations) <= 1:
+            return len(operations)
+        most, left_bytes = min(self._settings.max_commit_records, self.path.max_operations), self._most_bytes
+        for count, operation in enumerate(operations[:most]):
+            left_bytes -= operation.size
+            if left_bytes < 0 and count:
+                return count
+        return min(most, len(operations))
+
     def _next(self) -> list[_Write]:
         """The writes at the head of the queue that fit into one commit; at least one."""
-        most = min(self._pace.records, self.path.max_operations)
-        most_bytes = min(self._settings.max_commit_bytes, self.path.max_bytes)
+        most, most_bytes = min(self._pace.records, self.path.max_operations), self._most_bytes
         taken: list[_Write] = []
         count = size = 0
         while self._queue:

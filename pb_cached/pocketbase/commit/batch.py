@@ -17,6 +17,7 @@ from pb_cached.errors import PBCachedError, RequestRejected, SchemaError
 from pb_cached.pocketbase.client import Answer, PocketBaseClient, Unreached, Verdict, by_status, refused
 from pb_cached.pocketbase.commit import trimming
 from pb_cached.pocketbase.commit.interface import (
+    CountsRetries,
     Operation,
     Refused,
     Reply,
@@ -70,10 +71,10 @@ class _Ids(Struct):
     items: list[_Id]
 
 
-class BatchPath:
+class BatchPath(CountsRetries):
     """One commit at a time. Compares no revisions: of two servers that update a column at once, the last wins.
 
-    Mutable state: `max_operations`, lowered where PocketBase allows fewer; `retries`.
+    Mutable state: `max_operations`, lowered where PocketBase allows fewer.
     """
 
     name: Final = "batch"
@@ -88,7 +89,7 @@ class BatchPath:
         self._schema = schema
         self._spec = log
         self._log = log.name
-        self.retries = 0
+        super().__init__()
         self.receipts = Receipts(client, log.name, server)
         self.max_operations = max(1, dialect.batch.max_requests - 1)
         self.max_bytes = dialect.batch.max_bytes - 4096
@@ -171,9 +172,6 @@ class BatchPath:
             if len(found) < count:
                 return
             yield
-
-    def _repeated(self) -> None:
-        self.retries += 1
 
     async def _adapted(self, most: int) -> bool:
         """So many requests PocketBase takes in a batch now, and commits hold no more from now on. Where that

@@ -94,6 +94,19 @@ class Unexplained(Exception):
         self.error = error
 
 
+class CountsRetries:
+    """A path that counts the requests of commits that were sent again.
+
+    Mutable state: `retries`.
+    """
+
+    def __init__(self) -> None:
+        self.retries = 0
+
+    def _repeated(self) -> None:
+        self.retries += 1
+
+
 class CommitPath(Protocol):
     """How commits are made."""
 

@@ -40,6 +40,7 @@ from pb_cached.pocketbase.commit import triggers, trimming
 from pb_cached.pocketbase.commit.batch import batch_verdict, culprit, too_few_requests
 from pb_cached.pocketbase.commit.installation import Installation
 from pb_cached.pocketbase.commit.interface import (
+    CountsRetries,
     Operation,
     Refusal,
     Refused,
@@ -99,11 +100,11 @@ _results: Final = msgspec.json.Decoder(list[_Result])
 _rows: Final = msgspec.json.Decoder(_Rows)
 
 
-class LogPath:
+class LogPath(CountsRetries):
     """One commit at a time.
 
     Mutable state: `_layouts`, by their keys; `_most_requests`, how many the batch API takes, 0 where it is closed
-    to us; `retries`.
+    to us.
     """
 
     name: Final = "log"
@@ -119,7 +120,7 @@ class LogPath:
         self._log = log
         self.receipts = Receipts(client, log, server)
         self._installation = installation
-        self.retries = 0
+        super().__init__()
         self._layouts: dict[str, CommitLayout] = {}
         self._most_requests = dialect.batch.max_requests if dialect.batch else 0
 
@@ -188,9 +189,6 @@ class LogPath:
         if most_bytes is not None:
             async for _ in trimming.empty(sql, self._log, most_bytes):
                 yield
-
-    def _repeated(self) -> None:
-        self.retries += 1
 
     async def _attempt(self, operations: Sequence[Operation], end: float) -> Answer | None:
         """Send the commit, until it is known whether it was applied. None where it was; else the refusal."""

@@ -8,10 +8,10 @@ from typing import Final
 
 from pb_cached.errors import CollectionNotFound, DocumentTooLarge, OutcomeUnknown, RequestRejected
 from pb_cached.pocketbase.client import PocketBaseClient, Unreached, Verdict, by_status, refused
-from pb_cached.pocketbase.commit.interface import Operation, Refused, Reply, left
+from pb_cached.pocketbase.commit.interface import CountsRetries, Operation, Refused, Reply, left
 
 
-class SinglePath:
+class SinglePath(CountsRetries):
     """Each operation is a request of its own, so only one server may write, and a commit of several operations can
     be cut short by a crash."""
 
@@ -22,7 +22,7 @@ class SinglePath:
 
     def __init__(self, client: PocketBaseClient) -> None:
         self._client = client
-        self.retries = 0
+        super().__init__()
 
     async def prepare(self) -> None:
         """There is no log."""
@@ -44,9 +44,6 @@ class SinglePath:
         """There is no log."""
         return
         yield
-
-    def _repeated(self) -> None:
-        self.retries += 1
 
     async def _apply(self, operation: Operation, deadline: float) -> Reply:
         what = operation.what
