@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -97,7 +98,7 @@ async def sent(http: Http, method: str, url: str, error: type[Exception], **more
 async def test_answers_come_whole_with_status_and_headers(http: Http, proxy: FaultProxy) -> None:
     answer = await http.request("GET", f"{proxy.url}/api/health")
     assert answer.status_code == 200
-    assert answer.json()["message"] == "API is healthy."
+    assert msgspec.json.decode(answer.content)["message"] == "API is healthy."
     assert answer.headers["content-type"].startswith("application/json")
     assert (await http.request("GET", f"{proxy.url}/api/nothing")).status_code == 404
 
@@ -113,7 +114,7 @@ async def test_a_compressed_answer_is_unpacked(http: Http, serve: Callable[[Serv
     packed = gzip.compress(b'{"message": "packed"}')
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d" % len(packed)
     url = await serve(saying(head, packed))
-    assert (await http.request("GET", url)).json() == {"message": "packed"}
+    assert (await http.request("GET", url)).content == b'{"message": "packed"}'
 
 
 async def test_redirects_and_cookies_are_not_followed(
@@ -191,7 +192,6 @@ async def test_a_name_that_nobody_has_is_a_failed_connection(http: Http) -> None
 
 
 async def test_a_stream_that_is_left_gives_its_connection_up(proxy: FaultProxy, http: Http) -> None:
-    assert isinstance(http, DirectClient)
     for _ in range(20):  # more than there are connections
         async with http.stream("GET", f"{proxy.url}/api/realtime", headers={}, timeout=httpx.Timeout(5)) as stream:
             assert "PB_CONNECT" in (await anext(aiter(stream.aiter_bytes()))).decode()
@@ -203,7 +203,6 @@ async def test_a_stream_may_be_silent_for_as_long_as_its_own_timeout_says(
     transport: str, proxy: FaultProxy
 ) -> None:
     http = client_by(transport, request=0.2)
-    assert isinstance(http, DirectClient)
     timeout = httpx.Timeout(5, read=0.8)
     async with http.stream("GET", f"{proxy.url}/api/realtime", headers={}, timeout=timeout) as stream:
         pieces = aiter(stream.aiter_bytes())
@@ -224,7 +223,7 @@ async def test_a_proxy_of_the_environment_is_gone_through_but_not_to_ourselves(
     settings = PocketBaseSettings()
 
     def is_direct(url: str) -> bool:
-        return isinstance(own_client(settings, url), DirectClient)
+        return not isinstance(own_client(settings, url), httpx.AsyncClient)
 
     assert is_direct(ELSEWHERE)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")

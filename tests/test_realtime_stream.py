@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import tenacity
 from pb_cached import PocketBaseServer
 from pb_cached.config import Address, Credentials, PocketBaseSettings, Secret
 from pb_cached.pocketbase import realtime
-from pb_cached.pocketbase.aiohttp_transport import AiohttpTransport
+from pb_cached.pocketbase.aiohttp_client import AiohttpClient
 from pb_cached.pocketbase.client import PocketBaseClient
+from pb_cached.pocketbase.http import Http, Response, Streamed
 from pb_cached.pocketbase.realtime import PATH, RealtimeStream, State, Timing
 from pb_cached.pocketbase.server import find_binary
 from pb_cached.telemetry import log_through
@@ -146,46 +147,44 @@ class Notes:
             await asyncio.gather(*writers)
 
 
-class Counting(httpx.AsyncBaseTransport):
-    """Counts streams, each from its request to when its connection is given back."""
+class Counting:
+    """A client that counts its streams, each from its request to when its connection is given back."""
 
-    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
-        self._transport = transport
+    def __init__(self, client: Http) -> None:
+        self._client = client
         self.open = self.most = self.all = 0
         self.may_close = asyncio.Event()
         self.may_close.set()
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if (request.method, request.url.path) != ("GET", PATH):
-            return await self._transport.handle_async_request(request)
+    @property
+    def timeout(self) -> httpx.Timeout:
+        return self._client.timeout
+
+    @property
+    def is_closed(self) -> bool:
+        return self._client.is_closed
+
+    async def request(self, method: str, url: str, **more: Any) -> Response:
+        return await self._client.request(method, url, **more)
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, url: str, *, headers: Mapping[str, str], timeout: httpx.Timeout
+    ) -> AsyncIterator[Streamed]:
         self.open += 1
         self.all += 1
         self.most = max(self.most, self.open)
         try:
-            response = await self._transport.handle_async_request(request)
-        except BaseException:
+            async with self._client.stream(method, url, headers=headers, timeout=timeout) as streamed:
+                try:
+                    yield streamed
+                finally:
+                    await self.may_close.wait()
+        finally:
             self.open -= 1
-            raise
-        return httpx.Response(response.status_code, headers=response.headers, stream=_Counted(response, self))
 
     async def aclose(self) -> None:
-        await self._transport.aclose()
-
-
-class _Counted(httpx.AsyncByteStream):
-    def __init__(self, response: httpx.Response, counting: Counting) -> None:
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        self._stream = response.stream
-        self._counting = counting
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for piece in self._stream:
-            yield piece
-
-    async def aclose(self) -> None:
-        await self._counting.may_close.wait()
-        await self._stream.aclose()
-        self._counting.open -= 1
+        await self._client.aclose()
 
 
 @pytest_asyncio.fixture(
@@ -214,32 +213,33 @@ async def writing() -> AsyncIterator[httpx.AsyncClient]:
         yield opened
 
 
-TRANSPORTS: dict[str, Callable[[httpx.Limits], httpx.AsyncBaseTransport]] = {
-    "httpx": lambda limits: httpx.AsyncHTTPTransport(verify=False, limits=limits),
-    "aiohttp": lambda limits: AiohttpTransport(ssl.create_default_context(), limits),
+CLIENTS: dict[str, Callable[[httpx.Limits, httpx.Timeout], Http]] = {
+    "a caller's": lambda limits, timeout: httpx.AsyncClient(verify=False, limits=limits, timeout=timeout),
+    "aiohttp": lambda limits, timeout: AiohttpClient(ssl.create_default_context(), limits, timeout, {}),
 }
 
 
 @pytest.fixture
-def transport(request: pytest.FixtureRequest) -> str:
-    """What connections are made of: httpx's own where a test is marked to try both."""
+def client(request: pytest.FixtureRequest) -> str:
+    """Whose connections they are: a caller's, too, where a test is marked to try both."""
     return str(getattr(request, "param", "aiohttp"))
 
 
-by_both_transports = pytest.mark.parametrize("transport", TRANSPORTS, indirect=True)
+by_both_clients = pytest.mark.parametrize("client", CLIENTS, indirect=True)
 
 
 @pytest_asyncio.fixture
-async def streams(transport: str) -> Counting:
-    return Counting(TRANSPORTS[transport](httpx.Limits()))
-
-
-@pytest_asyncio.fixture
-async def http(streams: Counting) -> AsyncIterator[httpx.AsyncClient]:
+async def streams(client: str) -> AsyncIterator[Counting]:
     """What streams are opened with. No test leaves one open."""
-    async with httpx.AsyncClient(transport=streams) as opened:
-        yield opened
-        assert streams.open == 0
+    counting = Counting(CLIENTS[client](httpx.Limits(), httpx.Timeout(5)))
+    yield counting
+    assert counting.open == 0
+    await counting.aclose()
+
+
+@pytest.fixture
+def http(streams: Counting) -> Http:
+    return streams
 
 
 @pytest_asyncio.fixture
@@ -433,7 +433,7 @@ async def test_a_stream_that_repeats_or_lags_loses_nothing(
 # topics
 
 
-@by_both_transports
+@by_both_clients
 async def test_topics_that_change_often_need_two_connections_in_all(
     make_stream: StreamMaker, streams: Counting, owner: Recorder, notes: Notes
 ) -> None:
@@ -503,7 +503,7 @@ async def test_without_topics_there_is_no_stream(
 # losses
 
 
-@by_both_transports
+@by_both_clients
 async def test_a_stream_that_is_cut_is_lost_and_connected_anew(
     make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes
 ) -> None:
@@ -647,7 +647,7 @@ async def test_a_pocketbase_that_stands_still_costs_nothing_that_it_commits_afte
         assert owner.told == ["connected", "connected"]
 
 
-@by_both_transports
+@by_both_clients
 async def test_a_stream_that_is_silent_for_too_long_is_lost(
     make_stream: StreamMaker, owner: Recorder, notes: Notes
 ) -> None:
@@ -718,7 +718,7 @@ async def test_a_token_that_cannot_be_replaced_is_said_to_be_refused(
 # what is said, once, while it is tried on
 
 
-@by_both_transports
+@by_both_clients
 @pytest.mark.parametrize(
     ("method", "fault", "words"),
     [
@@ -793,24 +793,24 @@ async def test_an_older_stream_that_is_not_subscribed_again_is_not_needed(
 
 
 @asynccontextmanager
-async def client_of(transport: str, connections: int) -> AsyncIterator[httpx.AsyncClient]:
-    made = TRANSPORTS[transport](httpx.Limits(max_connections=connections))
-    async with httpx.AsyncClient(transport=made, timeout=httpx.Timeout(30, pool=None)) as opened:
+async def client_of(client: str, connections: int) -> AsyncIterator[Http]:
+    limits, timeout = httpx.Limits(max_connections=connections), httpx.Timeout(30, pool=None)
+    async with aclosing(CLIENTS[client](limits, timeout)) as opened:
         yield opened
 
 
-@by_both_transports
+@by_both_clients
 async def test_one_connection_is_too_few_and_leaves_the_others_to_their_requests(
-    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, transport: str
+    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, client: str
 ) -> None:
     async with (
-        client_of(transport, 1) as http,
+        client_of(client, 1) as http,
         make_stream(Timing(connection=0.1, starved=60), http=http) as stream,
     ):
         stream.subscribe([notes.topic])
         await lines.until_said("allow the HTTP client at least three (max_connections)", times=1)
         for _ in range(10):
-            assert (await http.get(f"{proxy.url}/api/health")).status_code == 200
+            assert (await http.request("GET", f"{proxy.url}/api/health")).status_code == 200
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
                 await lines.until(lambda: proxy.count("GET", PATH) > 1)
@@ -819,11 +819,11 @@ async def test_one_connection_is_too_few_and_leaves_the_others_to_their_requests
     assert owner.told == []
 
 
-@by_both_transports
+@by_both_clients
 async def test_with_two_connections_a_stream_is_replaced_with_a_loss_that_is_told(
-    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, transport: str
+    make_stream: StreamMaker, proxy: FaultProxy, owner: Recorder, notes: Notes, lines: Lines, client: str
 ) -> None:
-    async with client_of(transport, 2) as http, make_stream(Timing(connection=0.1), http=http) as stream:
+    async with client_of(client, 2) as http, make_stream(Timing(connection=0.1), http=http) as stream:
         stream.subscribe([notes.topic])
         await owner.until_connected(1)
         stream.replace("the test asks for it")
@@ -931,7 +931,7 @@ MOMENTS = [
 ]
 
 
-@by_both_transports
+@by_both_clients
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_closing_at_any_moment_leaves_no_task_no_connection_and_tells_nothing(

@@ -34,7 +34,7 @@ from pb_cached.errors import (
     RequestRejected,
     UniqueViolation,
 )
-from pb_cached.pocketbase.http import Http, reading_first, unhooked
+from pb_cached.pocketbase.http import Http, Response, Streamed, reading_first, unhooked
 from pb_cached.telemetry import Log
 
 LASTING_SECONDS: Final = 10.0
@@ -290,7 +290,7 @@ class PocketBaseClient:
         return answer.status not in (401, 403)
 
     @asynccontextmanager
-    async def stream(self, path: str, *, read: float, connection_within: float) -> AsyncIterator[httpx.Response]:
+    async def stream(self, path: str, *, read: float, connection_within: float) -> AsyncIterator[Streamed]:
         """GET a body that goes on and on, and leave it to the caller to read it. Without authorization; sent once.
 
         Args:
@@ -382,11 +382,11 @@ class PocketBaseClient:
         self.log.debug("signed in", url=self.url)
         return self._token
 
-    async def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
+    async def _request(self, method: str, path: str, **content: Any) -> Response:
         """Send it once. The caller's client is no worse for having hooks, and it may be closed at any time."""
         self._refuse_if_closed()
         try:
-            response = await self._sender.request(method, self.url + path, **content)
+            response: Response = await self._sender.request(method, self.url + path, **content)
         except httpx.HTTPStatusError as error:  # by a hook of the caller's
             response = error.response
         if response.status_code in _GATEWAY:

@@ -1,7 +1,8 @@
 """How requests reach PocketBase: by the caller's HTTP client, as it is, or by one of ours.
 
-Ours is a transport of httpx without the client around it. Redirects, cookies, hooks and the merging of settings
-are of no use here, and take longer than the rest of a small request (facts: performance, section 2).
+Ours is aiohttp's session; or a transport of httpx without the client around it. Redirects, cookies, hooks and the
+merging of settings are of no use here, and take longer than the rest of a small request (facts: performance,
+section 2).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import importlib.util
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
-from typing import Any, Final
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any, Final, Protocol
 
 import httpx
 
@@ -28,8 +29,65 @@ _LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 """No proxy of the environment leads to ourselves."""
 
 
+class Response(Protocol):
+    """An answer that has been read."""
+
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def content(self) -> bytes: ...
+
+
+class Streamed(Protocol):
+    """An answer that is being read."""
+
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    def aiter_bytes(self) -> AsyncIterator[bytes]: ...
+
+
+class OwnClient(Protocol):
+    """What we use of an `httpx.AsyncClient`. Its errors are httpx's."""
+
+    @property
+    def timeout(self) -> httpx.Timeout: ...
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        params: Mapping[str, str | int] | None = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        extensions: Mapping[str, Any] | None = None,
+        timeout: httpx.Timeout | None = None,
+    ) -> Response:
+        """Send a request, and return its answer when it has been read."""
+        ...
+
+    def stream(
+        self, method: str, url: str, *, headers: Mapping[str, str], timeout: httpx.Timeout
+    ) -> AbstractAsyncContextManager[Streamed]:
+        """Send a request, and leave it to the caller to read the answer."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
 class DirectClient:
-    """What we use of an `httpx.AsyncClient`, straight on a transport.
+    """What we use of an `httpx.AsyncClient`, straight on its transport.
 
     Mutable state: `is_closed`.
     """
@@ -90,7 +148,7 @@ class DirectClient:
         await self._transport.aclose()
 
 
-Http = httpx.AsyncClient | DirectClient
+Http = httpx.AsyncClient | OwnClient
 
 
 def own_client(settings: PocketBaseSettings, url: str) -> Http:
@@ -103,20 +161,17 @@ def own_client(settings: PocketBaseSettings, url: str) -> Http:
     proxies = {} if host in _LOCAL or urllib.request.proxy_bypass(host) else urllib.request.getproxies()
     if proxies.keys() & {"all", httpx.URL(url).scheme}:
         return http_client(settings)
-    return DirectClient(_transport(settings), _timeout(settings))
-
-
-def _transport(settings: PocketBaseSettings) -> httpx.AsyncBaseTransport:
+    certificates, limits, timeout = _certificates(), _limits(settings), _timeout(settings)
     has_aiohttp = importlib.util.find_spec("aiohttp") is not None
     if settings.transport == "httpx" or (settings.transport == "auto" and not has_aiohttp):
-        return httpx.AsyncHTTPTransport(verify=_certificates(), limits=_limits(settings))
+        return DirectClient(httpx.AsyncHTTPTransport(verify=certificates, limits=limits), timeout)
     if not has_aiohttp:
         raise ConfigError(
             'pocketbase.transport = "aiohttp" needs aiohttp: pip install \'pb_cached[aiohttp]\', or set "auto"'
         )
-    from pb_cached.pocketbase.aiohttp_transport import AiohttpTransport
+    from pb_cached.pocketbase.aiohttp_client import AiohttpClient
 
-    return AiohttpTransport(_certificates(), _limits(settings))
+    return AiohttpClient(certificates, limits, timeout, _HEADERS)
 
 
 def http_client(settings: PocketBaseSettings) -> httpx.AsyncClient:
@@ -159,7 +214,7 @@ def reading_first(http: Http) -> Http:
     One that raises, as `raise_for_status` does, makes httpx close the response, and what was not read by then is
     lost. The caller's own object is left as it is.
     """
-    if isinstance(http, DirectClient) or not http.event_hooks["response"]:
+    if not isinstance(http, httpx.AsyncClient) or not http.event_hooks["response"]:
         return http
     twin = copy.copy(http)
     twin.event_hooks = {**http.event_hooks, "response": [httpx.Response.aread, *http.event_hooks["response"]]}
@@ -168,7 +223,7 @@ def reading_first(http: Http) -> Http:
 
 def unhooked(http: Http) -> Http:
     """The caller's client without hooks for responses: one that reads what it is given would never end."""
-    if isinstance(http, DirectClient):
+    if not isinstance(http, httpx.AsyncClient):
         return http
     twin = copy.copy(http)
     twin.event_hooks = {**http.event_hooks, "response": []}

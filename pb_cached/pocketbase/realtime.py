@@ -16,13 +16,13 @@ from enum import Enum
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-import httpx
 import msgspec
 import tenacity
 from msgspec import Struct
 
 from pb_cached.errors import AuthenticationFailed, PBCachedError
 from pb_cached.pocketbase.client import Answer, NoConnection, PocketBaseClient, refused
+from pb_cached.pocketbase.http import Streamed
 from pb_cached.pocketbase.sse import EventParser, Message
 from pb_cached.telemetry import Log
 
@@ -438,7 +438,7 @@ class _Greeting(Struct):
     clientId: str
 
 
-def _check(response: httpx.Response) -> None:
+def _check(response: Streamed) -> None:
     what = response.headers.get("Content-Type", "")
     if response.status_code != 200 or not what.lower().startswith("text/event-stream"):
         raise _Trouble(
