@@ -254,9 +254,10 @@ async def _profiled(profiled: Profiled, seconds: float, html: Path | None, conso
             highlight=False,
             soft_wrap=True,
         )
-        # Tasks are frames of the event loop's, so that what runs in any of them is seen. The thread tells the time
-        # at a tenth of what it costs to ask for it with each call.
-        profiler = Profiler(interval=INTERVAL, async_mode="disabled", use_timing_thread=True)
+        # Tasks are frames of the event loop's, so that what runs in any of them is seen. A thread that tells the
+        # time, as pyinstrument has one, would cost less than to ask for it with each call. But it may sleep for a
+        # second first (its wake-up can be lost while it starts), and much that is profiled is over by then.
+        profiler = Profiler(interval=INTERVAL, async_mode="disabled")
         shown = await _repeat(ready, seconds, profiler)
     tree = profiler.output_text(
         unicode=True,

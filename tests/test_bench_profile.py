@@ -22,7 +22,6 @@ OURS = {
 """What must be seen of us in the profile of each workload; of all others any function."""
 
 
-@pytest.mark.xfail(reason="pyinstrument records no samples now and then; the cause is open", strict=False)
 @pytest.mark.soak  # each starts a PocketBase
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_profile_names_the_functions_that_the_time_went_into(workload: str, tmp_path: Path) -> None:
