@@ -117,7 +117,7 @@ def test_the_demo_resumes_its_conversation(demo: Callable[..., subprocess.Popen[
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_leaves_nothing_behind(
     demo: Callable[..., subprocess.Popen[str]], tmp_path: Path, signal_: signal.Signals
@@ -133,7 +133,7 @@ def test_interrupted_it_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_it_takes_its_processes_with_it(demo: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = demo()
     read_until(process, "Turn 1.")

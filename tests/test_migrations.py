@@ -648,7 +648,7 @@ def insert_directly(data: Path, table: str, count: int) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_opening_takes_as_long_with_a_hundred_thousand_events_as_with_ten(
     folder: Path, record_property: Callable[[str, object], None]
 ) -> None:

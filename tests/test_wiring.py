@@ -298,6 +298,7 @@ async def test_a_customer_who_writes_again_cancels_the_turn_and_loses_nothing(
     ]
 
 
+@pytest.mark.soak
 async def test_turns_cancelled_at_any_moment_leave_offsets_dense(
     pocketbase: PocketBaseServer, prefix: str
 ) -> None:
