@@ -49,7 +49,7 @@ from pb_cached.reading.order import position
 from pb_cached.telemetry import Log
 from pb_cached.writes import Committer, Overtaken, RecordChanges, State
 from pb_cached.writes.basis import built_on, note_read, note_written
-from pb_cached.writes.calls import Calls
+from pb_cached.writes.calls import Calls, Generation
 
 P = ParamSpec("P")
 S = TypeVar("S", bound="PocketBaseDocumentCollection[Any]")
@@ -121,6 +121,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         )
         self._changes = RecordChanges(codec, self._record, self._apply, patience)
         self._calls = Calls()
+        self._mending: set[asyncio.Task[Reply]] = set()
         self._looks_before = caching.follows is not None and not isinstance(committer.path, LogPath)
         """Nobody compares revisions, and what is cached may be older than what PocketBase has."""
         self._closed = False
@@ -260,6 +261,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         _require_filter(filters)
         return await self._read(self._reads.exists, filters)
 
+    def exists_at_hand(self, filters: Where) -> bool | None:
+        """The same, if it is known without waiting for anything; else None."""
+        return None if self._cached is None or self._closed else self._cached.exists_at_hand(filters)
+
     async def greatest(self, filters: Where, field: str, *, anew: bool = False) -> Json:
         """The greatest value of a field among all matches; None where there is none.
 
@@ -276,6 +281,10 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
             await self._committer.settled(self._spec.name)
             return await self._read(self._direct(self.reader).greatest, filters, field)
         return await self._read(self._reads.greatest, filters, field)
+
+    def greatest_at_hand(self, filters: Where, field: str) -> tuple[Json] | None:
+        """The same, if it is known without waiting for anything; else None."""
+        return None if self._cached is None or self._closed else self._cached.greatest_at_hand(filters, field)
 
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
         """Create the indexes that are missing. One that PocketBase refuses is reported and left out."""
@@ -310,15 +319,57 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         return self._committer.fit(operations)
 
     @_counted
-    async def commit(self, operations: Sequence[Operation]) -> None:
-        """Commit operations, all of them or none. They fit into one commit.
+    async def commit(self, operations: Sequence[Operation]) -> Sequence[Reply]:
+        """Commit operations, all of them or none. They fit into one commit, and nothing that must come before them
+        or after them is undecided.
+
+        Returns:
+            What became of each: see `left`.
 
         Raises:
             PBCachedError: as `insert_one`.
         """
         self._require_open()
-        for operation, reply in zip(operations, await self._committer.write(*operations), strict=True):
-            await self._checked(operation, reply)
+        replies = await self._committer.write(*operations, apart=True)
+        for operation, reply in zip(operations, replies, strict=True):
+            if not operation.is_open and not self._is_whole(operation, reply):
+                await self._made_whole(operation)
+        return replies
+
+    def commit_at_once(self, operation: Operation, decided: Callable[[Exception | None], None]) -> bool:
+        """`commit` an operation, if there is nothing to wait for before that. Did it begin?
+
+        Args:
+            decided: called when it is committed; or with what `commit` would raise.
+        """
+        if self._closed or self._committer.is_full:
+            return False
+        outcome = self._committer.submit(operation, apart=True)
+        outcome.add_done_callback(partial(self._decided, operation, self._calls.begin(), decided))
+        return True
+
+    def _decided(
+        self,
+        operation: Operation,
+        call: Generation,
+        decided: Callable[[Exception | None], None],
+        outcome: asyncio.Future[list[Reply]],
+    ) -> None:
+        error = _error_of(outcome)
+        if error is None and not self._is_whole(operation, outcome.result()[0]):
+            mending = asyncio.create_task(self._made_whole(operation))
+            self._mending.add(mending)
+            mending.add_done_callback(partial(self._mended, call, decided))
+            return
+        self._calls.end(call)
+        decided(error)
+
+    def _mended(
+        self, call: Generation, decided: Callable[[Exception | None], None], mending: asyncio.Task[Reply]
+    ) -> None:
+        self._mending.discard(mending)
+        self._calls.end(call)
+        decided(_error_of(mending))
 
     @_counted
     async def update_one(self, filters: Where, params: TDocument, upsert: bool = False) -> UpdateResult[TDocument]:
@@ -346,7 +397,7 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
                 if not upsert:
                     return UpdateResult(True, 0, 0, None)
                 inserted, reply = await self._insert(params)
-                return UpdateResult(True, 0, 0, cast(TDocument, self._left(inserted, reply)))
+                return UpdateResult(True, 0, 0, cast(TDocument, self.left(inserted, reply)))
             basis = built_on(match.record)
             found = _state(match) if basis is None or not self._looks_before else await self._looked_at(match)
             with suppress(Overtaken):
@@ -453,8 +504,8 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
         operation = self.codec.insert(snapshot(document))
         return operation, await self._apply(operation)
 
-    def _left(self, operation: Operation, reply: Reply) -> dict[str, Json]:
-        """The document that an operation left."""
+    def left(self, operation: Operation, reply: Reply) -> dict[str, Json]:
+        """The document that an insert or an update left."""
         return self.codec.document(self.codec.row(reply.record)) if reply.record else loads(operation.document)
 
     async def _looked_at(self, match: Match) -> State:
@@ -471,23 +522,31 @@ class PocketBaseDocumentCollection(DocumentCollection[TDocument], Generic[TDocum
 
     async def _apply(self, operation: Operation) -> Reply:
         (reply,) = await self._committer.write(operation)
-        return await self._checked(operation, reply)
+        return reply if self._is_whole(operation, reply) else await self._made_whole(operation)
 
-    async def _checked(self, operation: Operation, reply: Reply) -> Reply:
-        """PocketBase drops columns that a collection does not have, and says nothing. So its reply is looked at,
-        and where a column is missing it is added and the write repeated, before anybody is told that it is done.
-        """
+    def _is_whole(self, operation: Operation, reply: Reply) -> bool:
+        """Has PocketBase all that was written? It drops columns that a collection does not have, and says nothing.
+        So its reply is looked at, before anybody is told that it is done."""
         if not reply.record or operation.method == "DELETE":
-            return reply
+            return True
         try:
             self.codec.row(reply.record)
         except SchemaError:
-            await self._connection.schema.ensure(self._spec, as_it_was=True)
-        else:
-            return reply
+            return False
+        return True
+
+    async def _made_whole(self, operation: Operation) -> Reply:
+        """Add the columns that are missing, and write it again."""
+        await self._connection.schema.ensure(self._spec, as_it_was=True)
         again = Operation("PATCH", operation.collection, operation.record_id, operation.body)
         (reply,) = await self._committer.write(again)
         return reply
+
+
+def _error_of(outcome: asyncio.Future[Any]) -> Exception | None:
+    if outcome.cancelled():
+        return PBCachedError("the event loop has ended before it was known what became of the write")
+    return cast(Exception | None, outcome.exception())
 
 
 def _always() -> bool:

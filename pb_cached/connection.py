@@ -16,6 +16,7 @@ from typing import Final
 import httpx
 import msgspec
 
+from pb_cached.cache.collection import Rule
 from pb_cached.cache.memory import Memory
 from pb_cached.coherence import Follower
 from pb_cached.config import Address, Config
@@ -79,15 +80,18 @@ class Connection:
         making = self._committers[log] = asyncio.create_task(self._new_committer(log))
         return await asyncio.shield(making)
 
-    async def form(self, path: CommitPath, log: str, collection: str, layout: Layout) -> Form:
+    async def form(self, path: CommitPath, log: str, collection: str, layout: Layout, rule: Rule) -> Form:
         """How operations on a collection are written; commits can hold them when this returns.
+
+        Args:
+            rule: tells what numbers its documents.
 
         Raises:
             SchemaError: the triggers that commits go by cannot be installed.
         """
         if not isinstance(path, LogPath):
             return RecordForm()
-        order = commit_layout(log, collection, all_columns(layout))
+        order = commit_layout(log, collection, all_columns(layout), rule.sequence, rule.partition_by)
         await path.use(order)
         return ArrayForm(order)
 
@@ -146,7 +150,7 @@ class Connection:
         self.follower.follow_log(
             log,
             home,
-            path.receipts,
+            path.lanes,
             self._config.writes.log_retention,
             committer.trim_in_background,
             path.repair if isinstance(path, LogPath) else None,

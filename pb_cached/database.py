@@ -16,7 +16,7 @@ from parlant.core.persistence.document_database import (
 )
 
 from pb_cached.cache.collection import Rule
-from pb_cached.cache.rules import PARLANT, indexed_fields, rule_for
+from pb_cached.cache.rules import OTHER, PARLANT, indexed_fields, rule_for
 from pb_cached.collection import Caching, PocketBaseDocumentCollection
 from pb_cached.config import Config, WriteSettings, checked_config, find_address
 from pb_cached.connection import Connection, connection_to
@@ -345,7 +345,7 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
             spec = spec.indexed_by(indexed)
         collection: PocketBaseDocumentCollection[TDocument] = PocketBaseDocumentCollection(
             spec,
-            await self._codec(spec, log, committer.path),
+            await self._codec(spec, log, committer.path, rule),
             connection,
             committer,
             self._caching(rule, log, committer),
@@ -380,10 +380,10 @@ class PocketBaseDocumentDatabase(DocumentDatabase):
         connection.follow_log(committer, log, home)
         return Caching(rule, True, log)
 
-    async def _codec(self, spec: CollectionSpec, log: str, path: CommitPath) -> RecordCodec:
+    async def _codec(self, spec: CollectionSpec, log: str, path: CommitPath, rule: Rule = OTHER) -> RecordCodec:
         connection = self._opened()
         layout = await connection.schema.ensure(spec)
-        form = await connection.form(path, log, spec.name, layout)
+        form = await connection.form(path, log, spec.name, layout, rule)
         most = min(self._config.writes.max_document_bytes, path.max_bytes)
         return RecordCodec(spec.name, layout, most, form)
 

@@ -8,11 +8,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import httpx
 import pytest
 import pytest_asyncio
+from parlant.core.sessions import EventKind
 
 from pb_cached import Config, PocketBaseServer, open_stores
 from pb_cached.config import PocketBaseSettings, WriteSettings
@@ -61,7 +62,7 @@ async def open_server(proxy: FaultProxy, pocketbase: PocketBaseServer, prefix: s
 @pytest.fixture
 def commits(prefix: str) -> str:
     """Where the log path commits events."""
-    return f"/api/collections/{prefix}_sessions_events_log/records?fields"
+    return f"/api/collections/{prefix}_sessions_events_log/records?commit"
 
 
 class LateGate(Gate):
@@ -109,10 +110,16 @@ async def test_what_follows_a_commit_of_unknown_outcome_is_never_there_before_it
 ) -> None:
     async with open_server(max_commit_records=3, deadline=1.0) as stores:
         session = await begin(stores)
-        assert await say(stores, session) == 0
-        gate = LateGate()
+        before, gate = Gate(), LateGate()
+        proxy.plan("POST", commits, before)
+        first = asyncio.create_task(say(stores, session))
+        await before.reached.wait()
+        calls = [asyncio.create_task(say(stores, session)) for _ in range(9)]
+        await asyncio.sleep(0)  # they wait for their turn, together
         proxy.plan("POST", commits, gate, at=EVERY)
-        told = await until_done([asyncio.create_task(say(stores, session)) for _ in range(9)])
+        before.open()
+        assert await first == 0
+        told = await until_done(calls)
         assert {type(error) for error in told[:3]} == {OutcomeUnknown}
         assert {type(error) for error in told[3:]} == {PocketBaseUnavailable}
         assert await offsets(stores, session) == [0]
@@ -139,6 +146,22 @@ async def test_an_event_that_comes_while_an_outcome_is_unknown_takes_its_place_o
         (offset,) = await until_done([following])
         found = await offsets(stores, session)
         assert found == list(range(offset + 1))
+
+
+async def test_an_event_that_could_be_written_at_once_does_not_overtake_one_that_waits(
+    open_server: OpenServer,
+) -> None:
+    async with open_server() as stores:
+        session = await begin(stores)
+        assert await say(stores, session) == 0
+        appends = stores.session_store._appends
+        appends._contend(session.id)  # so the first one waits for its turn
+        first = asyncio.create_task(say(stores, session, "first"))
+        asyncio.get_running_loop().call_soon(appends._contended.clear)
+        second = asyncio.create_task(say(stores, session, "second"))
+        assert [await first, await second] == [1, 2]
+        events = await stores.session_store.list_events(session.id, min_offset=1)
+        assert [event.data for event in events] == ["first", "second"]
 
 
 async def test_more_than_a_commit_takes_is_written_in_its_order(open_server: OpenServer) -> None:
@@ -192,6 +215,48 @@ async def test_events_that_wait_for_their_turn_count_as_queued(
         gate.open()
         assert sorted(await until_done(calls)) == list(range(1, 41))
         assert stores.session_store._room.records == stores.session_store._room.bytes == 0
+
+
+@pytest.mark.parametrize("is_contended", [False, True])
+async def test_an_event_that_no_event_can_be_made_of_fails_alone_and_holds_nothing_up(
+    open_server: OpenServer, is_contended: bool
+) -> None:
+    async with open_server(deadline=2.0) as stores:
+        session, store = await begin(stores), stores.session_store
+        assert await say(stores, session) == 0
+        if is_contended:
+            store._appends._contend(session.id)
+        told = await asyncio.gather(
+            say(stores, session, "before"),
+            store.create_event(session.id, cast(Any, "customer"), EventKind.MESSAGE, "trace", "no source"),
+            say(stores, session, "after"),
+            return_exceptions=True,
+        )
+        assert isinstance(told[1], AttributeError)
+        assert (told[0], told[2]) == (1, 2)
+        await stores.session_store.flush()
+        assert (store._room.records, store._calls.under_way, len(store._turns)) == (0, 0, 0)
+
+
+async def test_flush_waits_for_an_event_that_waited_for_room_when_it_was_called(
+    open_server: OpenServer, proxy: FaultProxy, commits: str
+) -> None:
+    async with open_server(max_queued_records=1) as stores:
+        session = await begin(stores)
+        assert await say(stores, session) == 0
+        gates = [Gate(), Gate()]
+        for time_, gate in enumerate(gates, 1):
+            proxy.plan("POST", commits, gate, at=(time_,))
+        calls = [asyncio.create_task(say(stores, session)) for _ in range(2)]
+        await gates[0].reached.wait()
+        flushing = asyncio.create_task(stores.session_store.flush())
+        gates[0].open()
+        await gates[1].reached.wait()
+        done, _ = await asyncio.wait([flushing], timeout=0.2)
+        assert not done
+        gates[1].open()
+        await flushing
+        assert await until_done(calls) == [1, 2]
 
 
 async def test_who_finds_no_room_for_an_event_until_the_deadline_is_told_and_nothing_is_written(

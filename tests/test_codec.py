@@ -139,6 +139,37 @@ def test_a_commit_tells_what_it_makes_of_a_document_or_that_it_does_not(
         assert not is_named or value is None or left is None or same(value, params[field])
 
 
+NUMBERED = RecordCodec(
+    "samples",
+    CODEC.layout,
+    1_000_000,
+    ArrayForm(commit_layout("log", "samples", all_columns(CODEC.layout), "offset", ("name", "mode"))),
+)
+
+
+@given(plain_documents | wild_documents, st.integers(1, 1000))
+def test_a_number_that_is_left_open_is_told_from_any_that_is_not(document: dict[str, Any], place: int) -> None:
+    appended, inserted = (
+        loads(operation.body)
+        for operation in (NUMBERED.append(document, "offset", place), NUMBERED.insert(document))
+    )
+    assert NUMBERED.is_open(appended, "offset")
+    assert not NUMBERED.is_open(inserted, "offset")
+    at = list(NUMBERED.columns).index("offset") + 1
+    assert appended[at] == str(place)
+    rest = slice(1, at), slice(at + 1, None)
+    assert [appended[part] for part in rest] == [inserted[part] for part in rest]
+
+
+def test_only_what_columns_hold_exactly_is_counted_by() -> None:
+    columns = all_columns(CODEC.layout)
+    for sequence, within in (("offset", ("score",)), ("name", ("mode",)), ("offset", ("data",)), (None, ())):
+        layout = commit_layout("log", "samples", columns, sequence, within)
+        assert all(slot.within is None for slot in layout.slots)
+        assert not ArrayForm(layout).may_leave_open("offset")
+    assert not CODEC.may_leave_open("offset"), "by the batch path nobody can number"
+
+
 def test_a_commit_of_plain_values_tells_all_of_it() -> None:
     document = {
         "id": "a", "creation_utc": "2026", "version": "1.0.0", "name": "n", "mode": "auto", "offset": 1,

@@ -4,8 +4,9 @@ never sees event n+1 before n (design: section 6, rule 3)."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import httpx
 import msgspec
@@ -16,9 +17,10 @@ from parlant.core.persistence.common import ObjectId
 from parlant.core.persistence.document_database import DocumentCollection, identity_loader_for
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
-from pb_cached.config import PocketBaseSettings, WriteSettings
+from pb_cached.collection import PocketBaseDocumentCollection
+from pb_cached.config import CoherenceSettings, PocketBaseSettings, WriteSettings
 from tests.conftest import EXCLUSIVE, DatabaseMaker
-from tests.faults import EVERY, Exchange, FaultProxy, Gate, answer, cut_after
+from tests.faults import EVERY, Exchange, FaultProxy, Gate, answer, cut_after, delay
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +49,7 @@ def path(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def commits(path: str, prefix: str) -> str:
     """What the path of a commit's request begins with."""
-    return f"/api/collections/{prefix}_log/records?fields=id,stale" if path == "log" else "/api/batch"
+    return f"/api/collections/{prefix}_log/records?commit" if path == "log" else "/api/batch"
 
 
 @pytest_asyncio.fixture
@@ -155,3 +157,103 @@ async def test_the_log_tells_of_the_writes_in_their_order(
     if path == "log":
         told = [row for _, payload in rows for row in msgspec.json.decode(payload)["c"]][1:]
         assert [str(number) in row for number, row in zip(range(WRITES), told, strict=True)] == [True] * WRITES
+
+
+# --- two at once -----------------------------------------------------------------------------------------------
+
+
+async def commit(notes: Notes, *ids: str) -> None:
+    """As a store does that sees to the order itself."""
+    collection = cast(PocketBaseDocumentCollection[Note], notes)
+    await collection.commit([collection.codec.insert(note(id_)) for id_ in ids])
+
+
+async def until_it_follows(database: PocketBaseDocumentDatabase) -> None:
+    """What was committed before that counts as missing, and is looked up."""
+    async with asyncio.timeout(SOON):
+        while (coherence := database.stats().coherence) is None or coherence.state != "following":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def is_over(call: asyncio.Task[Any]) -> bool:
+    done, _ = await asyncio.wait([call], timeout=0.3)
+    return bool(done)
+
+
+@pytest.mark.parametrize("path", ["batch"], indirect=True)
+async def test_what_stands_apart_does_not_wait_for_the_commit_under_way_and_what_does_not_waits(
+    notes: Notes, proxy: FaultProxy, table: Table, commits: str, pocketbase: PocketBaseServer, prefix: str
+) -> None:
+    gate = Gate()
+    proxy.plan("POST", commits, gate)
+    plain = asyncio.create_task(notes.insert_one(note("1")))
+    await asyncio.wait_for(gate.reached.wait(), SOON)
+    await asyncio.wait_for(commit(notes, "2", "3"), SOON)
+    assert await table.numbers() == [2, 3]
+    next_plain = asyncio.create_task(notes.insert_one(note("4")))
+    apart = asyncio.create_task(commit(notes, "5"))
+    assert not await is_over(next_plain), "it comes after the first one"
+    assert not await is_over(apart), "and keeps its place in the queue"
+    gate.open()
+    await asyncio.wait_for(asyncio.gather(plain, next_plain, apart), SOON)
+    assert (await table.numbers())[:3] == [2, 3, 1]
+    query = f"SELECT server, n FROM `{prefix}_log` WHERE n>0 AND id<'z' ORDER BY server, n"
+    headers = {"Authorization": pocketbase.connection_params["admin_token"]}
+    async with httpx.AsyncClient(base_url=pocketbase.url, headers=headers, timeout=30) as http:
+        rows = (await http.post("/api/sql", json={"query": query})).raise_for_status().json()["rows"]
+    lanes = [[int(n) for _, n in some] for _, some in itertools.groupby(rows, key=lambda row: row[0])]
+    assert len(lanes) == 2
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in lanes), "each lane leaves no number out"
+
+
+@pytest.mark.parametrize("path", ["batch"], indirect=True)
+async def test_there_are_never_more_than_two_and_closing_waits_for_both(
+    make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy, table: Table, commits: str
+) -> None:
+    config = Config(pocketbase=PocketBaseSettings(commit="batch"), coherence=EXCLUSIVE)
+    params = {**pocketbase.connection_params, "url": proxy.url}
+    async with make_database(config=config, connection_params=params) as database:
+        notes = await open_notes(database)
+        gates = [Gate(), Gate()]
+        for time, gate in enumerate(gates, 1):
+            proxy.plan("POST", commits, gate, at=(time,))
+        before = proxy.count("POST", commits)
+        calls = []
+        for number in range(6):
+            calls.append(asyncio.create_task(commit(notes, str(number))))
+            await asyncio.sleep(0.05)
+        assert proxy.count("POST", commits) - before == 2
+        for call in calls:
+            call.cancel()
+        for gate in gates:
+            asyncio.get_running_loop().call_later(0.3, gate.open)
+    assert sorted(await table.numbers()) == list(range(6))
+
+
+async def test_what_stands_apart_is_told_apart_by_those_who_follow(
+    make_database: DatabaseMaker, pocketbase: PocketBaseServer, proxy: FaultProxy, commits: str, path: Any
+) -> None:
+    """Its commits overtake each other on their way, and none of them is missing."""
+    config = Config(
+        pocketbase=PocketBaseSettings(commit=path),
+        coherence=CoherenceSettings(mode="realtime"),
+        writes=WriteSettings(max_commit_records=5),
+    )
+    params = {**pocketbase.connection_params, "url": proxy.url}
+    async with (
+        make_database(config=config, connection_params=params) as database,
+        httpx.AsyncClient() as http,
+        make_database(config=config, http_client=http) as other,
+    ):
+        notes, followed = await open_notes(database), await open_notes(other)
+        await until_it_follows(other)
+        assert (await followed.find({})).total_count == 0
+        proxy.plan("POST", commits, delay(0.05), at=range(1, 40, 3))
+        writing = [asyncio.create_task(commit(notes, str(number))) for number in range(120)]
+        async with asyncio.timeout(SOON):
+            await asyncio.gather(*writing)
+            while (await followed.find({})).total_count < 120:  # noqa: ASYNC110 - nothing tells when
+                await asyncio.sleep(0.01)
+        coherence = other.stats().coherence
+        assert coherence is not None
+        assert coherence.gaps == 0, "no number was missing for long"

@@ -80,7 +80,7 @@ LOG = log_through(None)
 @pytest.fixture(autouse=True, params=["log", "batch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     """Both commit paths give the same answers."""
-    log = f"/api/collections/{prefix}_log/records?fields=id,stale"
+    log = f"/api/collections/{prefix}_log/records?commit"
     monkeypatch.setattr(sys.modules[__name__], "WAY", request.param)
     monkeypatch.setattr(sys.modules[__name__], "COMMIT", log if request.param == "log" else "/api/batch")
 

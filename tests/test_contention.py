@@ -11,9 +11,11 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Final, Literal
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 from parlant.core.agents import AgentId
+from parlant.core.async_utils import Timeout
 from parlant.core.context_variables import ContextVariableDocumentStore
 from parlant.core.customers import CustomerId
 from parlant.core.persistence.common import ObjectId
@@ -24,20 +26,22 @@ from parlant.core.tags import TagId
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
 from pb_cached.config import CoherenceSettings, PocketBaseSettings, StoreSettings
+from pb_cached.errors import OutcomeUnknown, RecordNotFound, UniqueViolation
 from pb_cached.stores import Stores
 from tests import appender
 from tests.appender import Appender
 from tests.audit import require_whole_commits
 from tests.conftest import EXCLUSIVE
-from tests.faults import EVERY, FaultProxy, Gate, Valve
+from tests.faults import EVERY, FaultProxy, Gate, Valve, answer
 
 OFF: Final = CoherenceSettings(mode="off")
+REALTIME: Final = CoherenceSettings(mode="realtime")
 EVERY_READ: Final = Config(coherence=OFF)
 
 
 def commits(proxy: FaultProxy) -> int:
     """How many there were, over all logs."""
-    return sum("_log/records?fields" in exchange.path for exchange in proxy.matching("POST", "/api/collections/"))
+    return sum("_log/records?commit" in exchange.path for exchange in proxy.matching("POST", "/api/collections/"))
 
 
 OpenServer = Callable[..., AbstractAsyncContextManager[Stores]]
@@ -117,7 +121,7 @@ async def test_reads_do_not_wait_for_writes(stores: Stores, proxy: FaultProxy, p
     session, other = await begin(stores), await begin(stores)
     await say(stores, session), await say(stores, other)
     gate = Gate()
-    proxy.plan("POST", f"/api/collections/{prefix}_sessions_events_log/records?fields", gate)
+    proxy.plan("POST", f"/api/collections/{prefix}_sessions_events_log/records?commit", gate)
     writing = asyncio.create_task(say(stores, session))
     await gate.reached.wait()
     async with asyncio.timeout(1):
@@ -137,7 +141,7 @@ async def test_locks_are_kept_for_no_longer_than_they_are_needed(stores: Stores)
 # --- several servers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 async def test_servers_that_write_to_the_same_sessions_leave_offsets_dense_and_unique(
     open_server: OpenServer,
 ) -> None:
@@ -179,6 +183,7 @@ async def test_a_value_that_two_servers_set_at_once_is_one_value(open_server: Op
         assert key == "ida"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("mode", ["off", "realtime"])
 async def test_what_servers_add_to_one_column_at_once_is_all_there(
     open_server: OpenServer, mode: Literal["off", "realtime"]
@@ -225,7 +230,7 @@ async def test_what_a_person_changes_between_a_methods_reading_and_its_commit_is
         await stores.session_store.set_metadata(session.id, "first", 1)
         (record,) = (await dashboard.get(collection)).json()["items"]
         gate = Gate()
-        proxy.plan("POST", f"/api/collections/{prefix}_sessions_sessions_log/records?fields", gate)
+        proxy.plan("POST", f"/api/collections/{prefix}_sessions_sessions_log/records?commit", gate)
         setting = asyncio.create_task(stores.session_store.set_metadata(session.id, "ours", 2))
         await gate.reached.wait()
         edited = record | {"metadata": record["metadata"].replace("1", "1000")}
@@ -325,11 +330,9 @@ async def test_a_variable_that_servers_define_at_once_is_one_variable_with_each_
         assert all(sorted(variable.tags) == ["new", "vip"] for variable in variables)
 
 
-@pytest.mark.xfail(reason="at the beginning one may still stand still for half a second: open", strict=False)
 @pytest.mark.soak
 async def test_of_servers_that_write_to_one_hot_session_none_stands_still(open_server: OpenServer) -> None:
-    realtime = CoherenceSettings(mode="realtime")
-    async with open_server(realtime) as one, open_server(realtime) as other:
+    async with open_server(REALTIME) as one, open_server(REALTIME) as other:
         session = await begin(one)
         total = 4500
         # Both know the session: who comes to it anew reads it first.
@@ -346,8 +349,130 @@ async def test_of_servers_that_write_to_one_hot_session_none_stands_still(open_s
         assert sorted(by_offset) == list(range(len(by_offset)))
         writers = [by_offset[offset] for offset in range(len(by_offset))]
         runs = [len(list(run)) for _, run in itertools.groupby(writers)]
-        assert min(writers.count(0), writers.count(1)) >= total / 6
-        assert max(runs) <= total / 3, f"one wrote {max(runs)} events while the other one waited"
+        assert min(writers.count(0), writers.count(1)) >= total / 3
+        assert max(runs) <= total / 10, f"one wrote {max(runs)} events while the other one waited"
+        refused = [server.stats().sessions.writes.refused for server in (one, other)]
+        assert sum(refused) <= 10, "who is too late once leaves the numbers to PocketBase"
+
+
+# --- offsets that PocketBase gives -----------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def contended(open_server: OpenServer) -> AsyncIterator[tuple[Stores, Stores, Session]]:
+    """Two servers, and a session that the first one knows to be written to by the other one too."""
+    async with open_server() as believer, open_server(REALTIME) as other:
+        session = await begin(believer)
+        assert await say(believer, session, "a") == 0
+        assert await say(other, session, "b") == 1
+        assert await say(believer, session, "c") == 2  # refused at first
+        assert believer.stats().sessions.writes.refused == 1
+        yield believer, other, session
+
+
+async def test_who_was_too_late_leaves_the_numbers_to_pocketbase_and_is_not_too_late_again(
+    contended: tuple[Stores, Stores, Session],
+) -> None:
+    believer, other, session = contended
+    for number in range(5):
+        assert await say(other, session) == 3 + 4 * number
+        told = await asyncio.gather(*(say(believer, session, n) for n in range(3)))
+        assert told == [4 + 4 * number + place for place in range(3)], "in the order of the calls"
+    assert believer.stats().sessions.writes.refused == 1
+    for server in (believer, other):
+        events = await server.session_store.list_events(session.id)
+        assert [event.offset for event in events] == list(range(23))
+    assert await say(believer, session) == 23
+
+
+async def test_events_that_pocketbase_has_numbered_are_shown_by_those_who_follow(
+    contended: tuple[Stores, Stores, Session],
+) -> None:
+    believer, other, session = contended
+    await other.session_store.list_events(session.id)  # it is cached there from now on
+    events_of_other = other.session_store._events
+    read = events_of_other.stats()
+    for number in range(3, 10):
+        waiting = asyncio.create_task(
+            other.session_listener.wait_for_more_events(session.id, min_offset=number, timeout=Timeout(20))
+        )
+        await asyncio.sleep(0.01)
+        assert await say(believer, session, number) == number
+        assert await waiting
+        events = await other.session_store.list_events(session.id, min_offset=number)
+        assert [(event.offset, event.data) for event in events] == [(number, number)]
+    now = events_of_other.stats()
+    assert read is not None
+    assert now is not None
+    assert now.through == read.through, "out of the cache"
+
+
+async def test_an_event_that_is_deleted_before_its_number_is_known_is_said_to_be_gone(
+    contended: tuple[Stores, Stores, Session], proxy: FaultProxy, prefix: str
+) -> None:
+    believer, other, session = contended
+    gate = Gate()
+    proxy.plan("GET", f"/api/collections/{prefix}_sessions_events/records?filter=id", gate)
+    saying = asyncio.create_task(say(believer, session))
+    await gate.reached.wait()
+    await other.session_store.delete_session(session.id)
+    gate.open()
+    with pytest.raises(RecordNotFound, match="deleted as soon as it was there"):
+        await saying
+    assert await other.session_store.list_sessions() == await believer.session_store.list_sessions()
+
+
+async def test_a_number_that_cannot_be_read_leaves_the_outcome_unknown_and_the_event_there(
+    open_server: OpenServer, proxy: FaultProxy, prefix: str
+) -> None:
+    impatient = PocketBaseSettings(retry_for=0.5)
+    async with open_server(pocketbase=impatient) as believer, open_server(OFF) as other:
+        session, innocent = await begin(believer), await begin(believer)
+        await say(believer, innocent)
+        for server in (believer, other, believer):
+            await say(server, session)
+        proxy.plan("GET", f"/api/collections/{prefix}_sessions_events/records?filter=id", answer(503), at=EVERY)
+        told = await asyncio.gather(say(believer, session), say(believer, innocent), return_exceptions=True)
+        assert isinstance(told[0], OutcomeUnknown)
+        assert "it was committed, but what PocketBase made of it could not be read" in str(told[0])
+        assert told[1] == 1, "what shares its commit is none the worse"
+        proxy.forget_plans()
+        assert await offsets(believer, session) == await offsets(other, session) == [0, 1, 2, 3]
+        assert await say(believer, session) == 4
+
+
+async def test_what_pocketbase_numbers_is_not_blamed_for_what_else_is_in_its_commit(
+    open_server: OpenServer, pocketbase: PocketBaseServer, prefix: str
+) -> None:
+    async with open_server() as stores:
+        session, other = await begin(stores), await begin(stores)
+        for number in range(2):
+            assert await say(stores, session) == number
+            assert await say(stores, other) == number
+        events = stores.session_store._events
+
+        def document(of: Session, offset: int) -> dict[str, Any]:
+            return {
+                "id": f"{of.id} {offset}", "version": "0.9.0", "creation_utc": "2026-11-26T00:00:00+00:00",
+                "session_id": of.id,
+                "source": "customer", "kind": "message", "offset": offset, "trace_id": "", "data": offset,
+                "metadata": {}, "deleted": False,
+            }  # fmt: skip
+
+        told: list[Any] = await asyncio.gather(
+            events.commit([events.codec.append(document(session, n), "offset", n) for n in (1, 2)]),
+            events.commit([events.codec.insert(document(other, 1))]),
+            events.commit([events.codec.append(document(await begin(stores), 0), "offset", 1)]),
+            return_exceptions=True,
+        )
+        appended, taken, fresh = told
+        assert isinstance(taken, UniqueViolation)
+        assert [msgspec.json.decode(reply.record or b"")["offset"] for reply in (*appended, *fresh)] == [2, 3, 0]
+        assert await offsets(stores, session) == [0, 1, 2, 3]
+        assert await say(stores, session) == 4
+
+
+# --- what was there before -------------------------------------------------------------------------------------
 
 
 async def test_events_that_share_an_offset_already_are_no_reason_to_stop(

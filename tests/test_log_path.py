@@ -22,6 +22,7 @@ from parlant.core.persistence.common import ObjectId, SortDirection
 from parlant.core.persistence.document_database import CollectionIndex, DocumentCollection, identity_loader_for
 
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer
+from pb_cached.collection import PocketBaseDocumentCollection
 from pb_cached.config import CollectionSettings, PocketBaseSettings
 from pb_cached.errors import (
     CollectionNotFound,
@@ -422,7 +423,7 @@ async def test_all_who_violate_a_unique_index_are_found_at_once(
             pair = CollectionIndex((("text", SortDirection.ASC), ("stars", SortDirection.ASC)), unique=True)
             await notes.ensure_indexes([pair])
             await asyncio.gather(*(notes.insert_one(note(n, text="it's", stars=n)) for n in range(0, 100, 2)))
-            path = f"/api/collections/{prefix}_log/records?fields"
+            path = f"/api/collections/{prefix}_log/records?commit"
             before = proxy.count("POST", path)
             outcomes = await asyncio.gather(
                 *(notes.insert_one(note(n, text="it's", stars=n)) for n in range(100)), return_exceptions=True
@@ -696,3 +697,37 @@ async def test_without_sql_and_batches_each_write_is_a_request_of_its_own(
     assert caplog.text.count("where there is no log path either, each write is a request of its own") == 1
     with pytest.raises(ConfigError, match="SQL endpoint"):
         await make_database(connection_params=params, config=LOG_PATH).__aenter__()
+
+
+async def test_pocketbase_numbers_what_a_commit_leaves_open(
+    make_database: DatabaseMaker, dashboard: Dashboard
+) -> None:
+    """Each group by itself, from what there is when the commit is applied; what has no value is a group too."""
+    settings = {"notes": CollectionSettings(partition_by="text", sequence="stars")}
+    config = msgspec.structs.replace(LOG_PATH, collections=settings)
+    async with make_database(config=config) as database:
+        notes = cast(PocketBaseDocumentCollection[Note], await notes_of(database))
+        await notes.insert_one(note(0, text="a", stars=7))
+
+        def appended(number: int, text: str, place: int) -> Any:
+            return notes.codec.append(note(number, text=text), "stars", place)
+
+        for first in (1, 10):
+            await notes.commit(
+                [
+                    appended(first, "a", 1),
+                    appended(first + 1, "", 1),
+                    notes.codec.insert(note(first + 2, text="c", stars=first)),
+                    appended(first + 3, "a", 2),
+                    appended(first + 4, "", 2),
+                    appended(first + 5, "it's", 1),
+                ]
+            )
+        stars = {id_: record["stars"] for id_, record in (await dashboard.records()).items()}
+        assert stars == {
+            "n0": 7, "n1": 8, "n2": 0, "n3": 1, "n4": 9, "n5": 1, "n6": 0,
+            "n10": 10, "n11": 2, "n12": 10, "n13": 11, "n14": 3, "n15": 1,
+        }  # fmt: skip
+        for id_, number in stars.items():
+            found = await notes.find_one({"id": {"$eq": id_}})
+            assert found is not None and found["stars"] == number, "the cache shows what PocketBase has made of it"

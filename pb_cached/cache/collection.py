@@ -543,8 +543,12 @@ class CollectionCache:
         number = self.facts(new.document).sequence
         if type(number) is not int:
             return
-        holes = self._holes.get(partition.key, set())
+        holes = self._holes.get(partition.key)
         known = highest(partition, self.facts)
+        if holes is None:
+            if number <= known + 1:
+                return
+            holes = set()
         if number in holes:
             holes.discard(number)
         elif number > known + 1:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any, Final, cast
 
@@ -137,7 +136,8 @@ def put(partition: Partition, entry: Entry, facts: FactReader) -> Partition:
         others = () if partition.record == entry.record else (partition,)
         return partition_of(partition.key, (*others, entry), facts)
     entries = partition.entries
-    at = bisect_left(entries, entry.record, key=_record)
+    is_last = not entries or entries[-1].record < entry.record  # as most are
+    at = len(entries) if is_last else bisect_left(entries, entry.record, key=_record)
     replaced = entries[at : at + 1] if at < len(entries) and entries[at].record == entry.record else ()
     before, after = entries[:at], entries[at + len(replaced) :]
     if not (before or after):
@@ -206,10 +206,11 @@ def decoded(entries: Sequence[Entry]) -> list[dict[str, Json]]:
 
 def _order(entries: Sequence[Entry], facts: FactReader) -> tuple[bool, bool]:
     """Are they `ordered`, and `rising`?"""
-    read = [facts(entry.document) for entry in entries]
-    pairs = list(pairwise(read))
-    return (
-        all(position(before) < position(after) for before, after in pairs),
-        all(type(each.sequence) is int for each in read)
-        and all(before.sequence < after.sequence for before, after in pairs),
-    )
+    ordered = rising = True
+    before: Facts | None = None
+    for entry in entries:
+        each = facts(entry.document)
+        ordered = ordered and (before is None or position(before) < position(each))
+        rising = rising and type(each.sequence) is int and (before is None or before.sequence < each.sequence)
+        before = each
+    return ordered, rising

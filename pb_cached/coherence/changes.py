@@ -74,6 +74,9 @@ class FollowedCollection:
         key = self._key(values)
         if key is not None and not self.cache.minds(key):
             return True
+        sequence = self.cache.rule.sequence
+        if sequence is not None and self.codec.is_open(values, sequence):
+            return False
         try:
             document = self.codec.inserted(values)
         except (SchemaError, ValueError):

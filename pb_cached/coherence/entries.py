@@ -36,9 +36,9 @@ class Payload(Struct, frozen=True):
 class Beat(Struct, frozen=True):
     """What a beat says."""
 
-    last: Mapping[str, int] = {}
-    """By the logs of its database: the last number that the server has taken."""
-    after: Mapping[str, str] = {}
+    last: Mapping[str, Sequence[int]] = {}
+    """By the logs of its database: for each lane, the last number that the server has taken by it."""
+    after: Mapping[str, Sequence[str]] = {}
     """Likewise: a time by PocketBase's clock, before which no later number can have been taken."""
 
 

@@ -20,7 +20,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final
 
@@ -39,7 +39,7 @@ from pb_cached.errors import PBCachedError, SchemaError
 from pb_cached.outcomes import succeed
 from pb_cached.pocketbase.client import PocketBaseClient
 from pb_cached.pocketbase.commit import triggers
-from pb_cached.pocketbase.commit.receipt import Receipts
+from pb_cached.pocketbase.commit.receipt import Receipts, lane_of
 from pb_cached.pocketbase.ids import new_id
 from pb_cached.pocketbase.realtime import RealtimeStream
 from pb_cached.pocketbase.records import RecordReader
@@ -59,7 +59,7 @@ class _Log(Struct, frozen=True):
 
     feed: Feed
     home: str
-    receipts: Receipts
+    lanes: Sequence[Receipts]
     retained: float
     trim: Callable[[], None]
     repair: Callable[[], Awaitable[bool]] | None
@@ -145,7 +145,7 @@ class Follower:
         self,
         log: str,
         home: str,
-        receipts: Receipts,
+        lanes: Sequence[Receipts],
         retained: float,
         trim: Callable[[], None],
         repair: Callable[[], Awaitable[bool]] | None,
@@ -154,14 +154,14 @@ class Follower:
 
         Args:
             home: the log by which its database's beats go.
-            receipts: of our own commits.
+            lanes: by which our own commits go.
             retained: how long its entries are there, in seconds.
             trim: forgets those that are older.
             repair: has the triggers back that commits go by; None where they go by none.
         """
         if log not in self._logs:
             feed = Feed(log, self._settings.max_staleness)
-            self._logs[log] = _Log(feed, home, receipts, retained, trim, repair)
+            self._logs[log] = _Log(feed, home, lanes, retained, trim, repair)
             self._topics_changed()
 
     def follow(self, log: str, collection: FollowedCollection, reader: RecordReader) -> Callable[[], bool]:
@@ -274,42 +274,47 @@ class Follower:
         if entry.n <= 0:
             return
         self._seen[feed.log] = entry.id, time.monotonic()
-        if entry.server == self.server:
-            self._own_arrived(feed, entry)
-            return
+        for lane in self._logs[feed.log].lanes:
+            if entry.server == lane.server:
+                self._own_arrived(feed, entry, lane)
+                return
         for due in feed.arrived(entry):
             self._apply(feed, due)
         if feed.is_waiting or feed.behind_since is not None:
             self._changed.set()
 
-    def _own_arrived(self, feed: Feed, entry: Entry) -> None:
+    def _own_arrived(self, feed: Feed, entry: Entry, lane: Receipts) -> None:
         """Mostly the answer is as good as here, and tells the caches. It may be lost though, be asked for until
         the deadline, and be given up: then our commit is to us what another server's is."""
-        receipts = self._logs[feed.log].receipts
-        if receipts.is_known(entry.n):
+        if lane.is_known(entry.n):
             return
-        if entry.n > receipts.last and feed.behind_since is None:
-            asyncio.get_running_loop().call_later(PATIENCE, self._apply_untold, feed, entry)
+        if entry.n > lane.last and feed.behind_since is None:
+            asyncio.get_running_loop().call_later(PATIENCE, self._apply_untold, feed, entry, lane)
         else:  # late: it was given up; or read back after a gap, when nothing may be answered without it
             self._apply(feed, entry)
 
-    def _apply_untold(self, feed: Feed, entry: Entry) -> None:
+    def _apply_untold(self, feed: Feed, entry: Entry, lane: Receipts) -> None:
         """PocketBase has a commit of ours. Has its answer still not come?"""
-        if not self._logs[feed.log].receipts.is_known(entry.n):
+        if not lane.is_known(entry.n):
             self._apply(feed, entry)
 
     def _beat_arrived(self, feed: Feed, entry: Entry) -> None:
         feed.came(entry.created)
         if entry.server != self.server:
-            theirs = entries.beat.decode(entry.payload)
-            for name, last in theirs.last.items():
+            try:
+                theirs = entries.beat.decode(entry.payload)
+            except msgspec.DecodeError:  # somebody has had a hand in the log
+                return
+            for name, lasts in theirs.last.items():
                 if (log := self._logs.get(name)) is None:
                     continue
-                if log.feed.beat(entry.server, entry.created, last, theirs.after.get(name, "")):
-                    self._changed.set()
+                for number, (last, after) in enumerate(zip(lasts, theirs.after.get(name, ()), strict=False)):
+                    if log.feed.beat(lane_of(entry.server, number), entry.created, last, after):
+                        self._changed.set()
             return
         for log in self._logs.values():
-            log.receipts.heard = entry.created
+            for lane in log.lanes:
+                lane.heard = entry.created
         beat = self._sent.pop(entry.id, None)
         if beat is None or feed.behind_since is not None:
             return
@@ -442,7 +447,7 @@ class Follower:
         name = log.feed.log
         if name in self._receipts:
             yield self._receipts[name]
-        for entry, at in filter(None, (log.receipts.acknowledged, self._seen.get(name))):
+        for entry, at in filter(None, (*(lane.acknowledged for lane in log.lanes), self._seen.get(name))):
             if time.monotonic() - at < log.retained:
                 yield name, entry
 
@@ -452,7 +457,8 @@ class Follower:
         self._receipts.pop(feed.log, None)
         self._seen.pop(feed.log, None)
         self._witnesses.pop(feed.log, None)
-        self._logs[feed.log].receipts.acknowledged = None
+        for lane in self._logs[feed.log].lanes:
+            lane.acknowledged = None
         feed.forget()
         for followed in self._of(feed):
             followed.collection.restored()
@@ -569,10 +575,10 @@ class Follower:
     async def _beat_by(self, log: str) -> None:
         feed, id_ = self._logs[log].feed, new_id()
         losses = feed.losses
-        told = {name: each.receipts for name, each in self._logs.items() if each.home == self._logs[log].home}
+        told = {name: each.lanes for name, each in self._logs.items() if each.home == self._logs[log].home}
         content = Beat(
-            {name: receipts.last for name, receipts in told.items()},
-            {name: receipts.after for name, receipts in told.items()},
+            {name: [lane.last for lane in lanes] for name, lanes in told.items()},
+            {name: [lane.after for lane in lanes] for name, lanes in told.items()},
         )
         beat = self._sent[id_] = _Beat(log, now())
         try:

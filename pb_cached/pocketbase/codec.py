@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
@@ -31,6 +30,8 @@ from pb_cached.pocketbase.schema import Column, Kind, Layout
 SAFE_INTEGER: Final = 2**53
 """Up to here, and including, every integer is a float64 of its own."""
 _LARGEST_FLOAT: Final = 1.7976931348623157e308
+_TEXT: Final = Kind.TEXT  # to look one up in an enumeration takes longer than all else here
+_JSON: Final = Kind.JSON
 
 _encode = msgspec.json.Encoder().encode
 
@@ -64,8 +65,16 @@ def snapshot(value: Any, path: str = "$") -> Json:
     Raises:
         InvalidDocument: a value is not JSON; names its path.
     """
-    with suppress(ValueError):
+    if value.__class__ is str and value.isascii():
+        return value
+    try:
         return copied(value)
+    except ValueError:
+        return _named(value, path)
+
+
+def _named(value: Any, path: str) -> Json:
+    """The same, of what has no copy as it is: converted, or named where that cannot be done."""
     try:
         return _as_json(value, path)
     except RecursionError:
@@ -195,6 +204,25 @@ class RecordCodec:
         body = self._sized(self._form.insert(record_id, self._columns_of(document)), document)
         return self._operation("POST", record_id, 0, body, document)
 
+    def may_leave_open(self, field: str) -> bool:
+        """May PocketBase be left to number the documents in this field?"""
+        return self._form.may_leave_open(self.columns[field].name)
+
+    def append(self, document: Mapping[str, Any], field: str, place: int) -> Operation:
+        """`insert`, with a number that PocketBase gives: the one that is so many after the highest there is.
+
+        Args:
+            field: of the number, one that may be left open.
+            place: from 1 on.
+        """
+        record_id = new_id()
+        columns = self._columns_of(document)
+        columns[self.columns[field].name] = str(place)
+        body = self._sized(self._form.insert(record_id, columns), document)
+        return Operation(
+            "POST", self.collection, record_id, body, 0, dumps(document), self._form.layout, is_open=True
+        )
+
     def update(
         self,
         record_id: str,
@@ -260,13 +288,15 @@ class RecordCodec:
     def _columns_of(self, copy: Mapping[str, Json]) -> dict[str, Json]:
         """The columns, `extra` among them, of a whole document."""
         columns, extra = self._whole(copy)
-        return {**columns, "extra": _extra_text(extra)}
+        columns["extra"] = _extra_text(extra)
+        return columns
 
     def _whole(self, copy: Mapping[str, Json]) -> tuple[dict[str, Json], Extra]:
         columns, extra = self._images(copy)
-        extra.missing = [
-            column.field for column in self._all if column.field not in copy and column.kind is not Kind.JSON
-        ]
+        if len(columns) < len(self._all):
+            extra.missing = [
+                column.field for column in self._all if column.field not in copy and column.kind is not Kind.JSON
+            ]
         return columns, extra
 
     def _images(self, copy: Mapping[str, Json]) -> tuple[dict[str, Json], Extra]:
@@ -277,12 +307,15 @@ class RecordCodec:
             if column is None:
                 extra.values[field] = value
                 continue
-            if column.kind is Kind.TEXT and type(value) is str and value.isascii():  # most are
-                columns[column.name] = value
-                continue
-            columns[column.name], exact = image(value, column.kind)
-            if not exact:
-                extra.values[field] = value
+            name, kind = column.name, column.kind
+            if kind is _TEXT and value.__class__ is str and value.isascii():  # most are
+                columns[name] = value
+            elif kind is _JSON:
+                columns[name] = dumps(value).decode()
+            else:
+                columns[name], exact = image(value, kind)
+                if not exact:
+                    extra.values[field] = value
         return columns, extra
 
     def _sized(self, body: Json, copy: Mapping[str, Json]) -> bytes:
@@ -404,6 +437,11 @@ class RecordCodec:
         if column.kind is Kind.JSON or values[-1]:
             return False, None
         return True, values[position + 1]
+
+    def is_open(self, values: Sequence[Json], field: str) -> bool:
+        """Has an insert left it to PocketBase to number the document in this field? `values` are those of a
+        commit."""
+        return self.may_leave_open(field) and isinstance(values[self._positions[field] + 1], str)
 
     def held(self, row: Row, field: str) -> Json:
         """What the column of a declared field holds: the value's image."""

@@ -20,6 +20,10 @@ class Form(Protocol):
         """What the commit path knows the order of the columns by; empty where they go by their names."""
         ...
 
+    def may_leave_open(self, column: str) -> bool:
+        """May an insert leave the number in this column to PocketBase? See `Slot.within`."""
+        ...
+
     def insert(self, record_id: str, columns: Mapping[str, Json]) -> Json: ...
 
     def update(self, record_id: str, rev: int, columns: Mapping[str, Json]) -> Json: ...
@@ -31,6 +35,9 @@ class RecordForm:
     """Objects, as PocketBase's own records are: for requests that name one record each."""
 
     layout: Final = ""
+
+    def may_leave_open(self, column: str) -> bool:
+        return False
 
     def insert(self, record_id: str, columns: Mapping[str, Json]) -> Json:
         return {"id": record_id, **columns, "rev": 1}
@@ -48,9 +55,13 @@ class ArrayForm:
     def __init__(self, commit_layout: CommitLayout) -> None:
         self.layout = commit_layout.key
         self._order = [slot.column for slot in commit_layout.slots]
+        self._numbered = {slot.column for slot in commit_layout.slots if slot.within is not None}
 
     def insert(self, record_id: str, columns: Mapping[str, Json]) -> Json:
         return [record_id, *map(columns.get, self._order)]
+
+    def may_leave_open(self, column: str) -> bool:
+        return column in self._numbered
 
     def update(self, record_id: str, rev: int, columns: Mapping[str, Json]) -> Json:
         named = [columns.get(name) for name in self._order]
@@ -62,7 +73,27 @@ class ArrayForm:
         return [record_id, rev]
 
 
-def commit_layout(log: str, collection: str, columns: Sequence[Column]) -> CommitLayout:
-    """How commits order a collection's columns."""
-    slots = [Slot(column.name, _DEFAULTS.get(column.kind, "''")) for column in columns]
+def commit_layout(
+    log: str, collection: str, columns: Sequence[Column], sequence: str | None = None, within: Sequence[str] = ()
+) -> CommitLayout:
+    """How commits order a collection's columns.
+
+    Args:
+        sequence: the field that numbers the documents which have the same values in the fields `within`, if any.
+    """
+    of = {column.field: column for column in columns}
+    numbered = of.get(sequence or "")
+    groups = [of[field] for field in within]
+    # Only what columns hold exactly can be counted by what they hold.
+    is_countable = (
+        numbered is not None and numbered.kind is Kind.NUMBER and all(c.kind is Kind.TEXT for c in groups)
+    )
+    slots = [
+        Slot(
+            column.name,
+            _DEFAULTS.get(column.kind, "''"),
+            tuple(group.name for group in groups) if is_countable and column is numbered else None,
+        )
+        for column in columns
+    ]
     return CommitLayout(log, collection, (*slots, Slot("extra", "''")))

@@ -18,6 +18,7 @@ _RANDOM_DIGITS: Final = LENGTH - _CLOCK_DIGITS
 _DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _RANDOM_RANGE: Final = 36**_RANDOM_DIGITS
 _PAIRS: Final = [first + second for first in _DIGITS for second in _DIGITS]
+_PAIR: Final = len(_PAIRS)
 
 _lock = threading.Lock()  # one clock for all event loops of the process
 _last = 0
@@ -43,6 +44,6 @@ def first_id_at(seconds: float) -> str:
 def _base36(number: int, width: int) -> str:
     digits = ""
     for _ in range((width + 1) // 2):
-        number, pair = divmod(number, 36 * 36)
-        digits = _PAIRS[pair] + digits
+        digits = _PAIRS[number % _PAIR] + digits
+        number //= _PAIR
     return digits[-width:]

@@ -54,6 +54,10 @@ class Candidates(NamedTuple):
         matches = self.matches
         return found if matches is None else [document for document in found if matches(document)]
 
+    def exist(self) -> bool:
+        """Is there a match?"""
+        return bool(self.entries) if self.matches is None else self.first() is not None
+
     def first(self, *, last: bool = False) -> Match | None:
         """The first match, or the last one. Nothing behind it is decoded."""
         for entry in reversed(self.entries) if last else self.entries:
@@ -131,26 +135,46 @@ class CachedReads(Watched):
         return document
 
     async def exists(self, where: Mapping[str, Any]) -> bool:
-        hit = candidates = self._at_hand(where)
-        if candidates is None and (candidates := await self._fetched(where)) is None:
+        found = self.exists_at_hand(where)
+        if found is not None:
+            return found
+        candidates = await self._fetched(where)
+        if candidates is None:
             return await self._through(self._direct.exists(where), where)
-        found = candidates.first() is not None if candidates.matches else bool(candidates.entries)
-        if hit:
-            self._count(found)
+        return candidates.exist()
+
+    def exists_at_hand(self, where: Mapping[str, Any]) -> bool | None:
+        """`exists`, if it takes nothing that is not in memory; else None."""
+        candidates = self._at_hand(where)
+        if candidates is None:
+            return None
+        found = candidates.exist()
+        self._count(found)
         return found
 
     async def greatest(self, where: Mapping[str, Any], field: str) -> Json:
-        hit = candidates = self._at_hand(where)
-        if candidates is None and (candidates := await self._fetched(where)) is None:
+        at_hand = self.greatest_at_hand(where, field)
+        if at_hand is not None:
+            return at_hand[0]
+        candidates = await self._fetched(where)
+        if candidates is None:
             return await self._through(self._direct.greatest(where, field), where)
+        return self._greatest(candidates, field)
+
+    def greatest_at_hand(self, where: Mapping[str, Any], field: str) -> tuple[Json] | None:
+        """`greatest`, if it takes nothing that is not in memory; else None."""
+        candidates = self._at_hand(where)
+        if candidates is None:
+            return None
+        greatest = self._greatest(candidates, field)
+        self._count(greatest is not None)
+        return (greatest,)
+
+    def _greatest(self, candidates: Candidates, field: str) -> Json:
         if candidates.rising and candidates.matches is None and field == self.cache.rule.sequence:
-            greatest = self.cache.facts(candidates.entries[-1].document).sequence if candidates.entries else None
-        else:
-            document = first_of(candidates.documents(), ((field, SortDirection.DESC),))
-            greatest = document.get(field) if document else None
-        if hit:
-            self._count(greatest is not None)
-        return greatest
+            return self.cache.facts(candidates.entries[-1].document).sequence if candidates.entries else None
+        document = first_of(candidates.documents(), ((field, SortDirection.DESC),))
+        return document.get(field) if document else None
 
     async def _through(self, read: Awaitable[T], where: Mapping[str, Any]) -> T:
         self.cache.stats.through += 1
@@ -282,9 +306,9 @@ class CachedReads(Watched):
     def _within(self, partition: Partition, where: Mapping[str, Any]) -> Candidates:
         """The candidates of a query for just this partition: what makes its key need not be asked again."""
         rule = self.cache.rule
-        rest = {field: condition for field, condition in where.items() if field not in rule.partition_by}
-        if not rest:
+        if len(where) == len(rule.partition_by):
             return Candidates(partition.entries, None, partition.ordered, partition.rising)
+        rest = {field: condition for field, condition in where.items() if field not in rule.partition_by}
         matches = compile_where(rest)
         if (ids := self._ids(rest)) is not None:
             return self._by_ids(ids, (partition,), matches)

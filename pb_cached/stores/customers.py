@@ -68,7 +68,7 @@ class PocketBaseCustomerStore(HoldsItsWrites, CustomerDocumentStore):
         """
         if id is not None or self._stable_ids is None:
             return await super().create_customer(name, extra, creation_utc, tags, id)
-        async with self._turn(("stable ids",)):  # what is looked for must not appear meanwhile
+        async with self._turns.of(("stable ids",)):  # what is looked for must not appear meanwhile
             id, known = await self._stable_id(self._stable_ids, name, extra, tags)
             if not known:
                 return await super().create_customer(name, extra, creation_utc, tags, id)

@@ -24,18 +24,19 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from datetime import datetime
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final, TypeVar, cast
-from weakref import WeakValueDictionary
 
 import msgspec
 import tenacity
 
 from pb_cached.config import WriteSettings
 from pb_cached.database import PocketBaseDocumentDatabase
-from pb_cached.errors import NotCommitted, QueueFull, StaleRead, UniqueViolation
+from pb_cached.errors import NotCommitted, StaleRead, UniqueViolation
 from pb_cached.exact import copied, dumps
+from pb_cached.stores.turns import Turns
 from pb_cached.writes.basis import BuiltOnWhatItReads
+from pb_cached.writes.calls import Calls, Generation
 from pb_cached.writes.closing import Closing
 from pb_cached.writes.room import Room
 
@@ -58,8 +59,8 @@ _holder: ContextVar[object | None] = ContextVar("pb_cached_holder", default=None
 class HoldsItsWrites:
     """A store whose writes outlive their callers, and are waited for when the store closes.
 
-    Mutable state: `_writes`, the tasks under way; `_turns`, the locks that somebody has or waits for; `_room`, for
-    all that is not decided.
+    Mutable state: `_calls`, those that are not decided, and `_tasks`, of those that take one; `_turns`, which they
+    take; `_room`, for what they write.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,8 +70,9 @@ class HoldsItsWrites:
         self._limits = database.writes if isinstance(database, PocketBaseDocumentDatabase) else WriteSettings()
         self._room = Room(self._limits)
         self._closing = Closing(self._limits.close_timeout)
-        self._writes: set[asyncio.Task[Any]] = set()
-        self._turns: WeakValueDictionary[tuple[str, ...], asyncio.Lock] = WeakValueDictionary()
+        self._calls = Calls()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._turns = Turns(type(self).__name__, self._limits.deadline)
 
     async def __aexit__(
         self,
@@ -85,8 +87,8 @@ class HoldsItsWrites:
         """
         try:
             async with asyncio.timeout(self._closing.left()):
-                while self._writes:
-                    await asyncio.wait(self._writes)
+                while self._calls.under_way:
+                    await self._calls.over()
         except TimeoutError:
             raise NotCommitted(
                 f"closing the {type(self).__name__} took longer than {self._closing.timeout:g} s: "
@@ -96,8 +98,7 @@ class HoldsItsWrites:
 
     async def flush(self) -> None:
         """Return when every write called so far is decided."""
-        if writes := set(self._writes):
-            await asyncio.wait(writes)
+        await self._calls.over()
 
     def _belong_to(self, database: object) -> None:
         """This database's flush is to wait for the writes here, and they close together."""
@@ -108,9 +109,13 @@ class HoldsItsWrites:
     def _hold(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do this work in a task that outlives whoever has asked for it."""
         task = asyncio.create_task(work)
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._over, self._calls.begin()))
         return task
+
+    def _over(self, generation: Generation, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._calls.end(generation)
 
     async def _enter(self, size: int) -> float:
         """Take a place among the writes that are not decided, until it is left. Gives the moment until which the
@@ -139,43 +144,7 @@ class HoldsItsWrites:
             QueueFull: the turn did not come until then.
         """
         _holder.set(self)
-        return self._turn(tuple(map(str, of)), until) if of else contextlib.nullcontext()
-
-    def _turn(self, of: tuple[str, ...], until: float | None = None) -> _Turn:
-        return _Turn(self, of, until)
-
-    async def _take(self, of: tuple[str, ...], until: float | None) -> asyncio.Lock:
-        lock = self._turns.get(of)
-        if lock is None:  # nobody has it, or waits for it
-            lock = self._turns[of] = asyncio.Lock()
-            await lock.acquire()
-            return lock
-        try:
-            async with asyncio.timeout(self._limits.deadline if until is None else until - time.monotonic()):
-                await lock.acquire()
-        except TimeoutError:
-            raise QueueFull(
-                f"{type(self).__name__}: the writes before this one took longer than {self._limits.deadline:g} s "
-                "(deadline under [writes]); nothing of it was written"
-            ) from None
-        return lock
-
-
-class _Turn:
-    """A turn that is taken. A third of the time that a generator takes for it."""
-
-    __slots__ = ("_lock", "_of", "_store", "_until")
-
-    def __init__(self, store: HoldsItsWrites, of: tuple[str, ...], until: float | None) -> None:
-        self._store = store
-        self._of = of
-        self._until = until
-
-    async def __aenter__(self) -> None:
-        self._lock = await self._store._take(self._of, self._until)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
+        return self._turns.of(tuple(map(str, of)), until) if of else contextlib.nullcontext()
 
 
 def held(*by: str, merges: bool = True) -> Callable[[Method], Method]:

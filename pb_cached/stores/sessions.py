@@ -81,8 +81,12 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         self._appends = Appends(
             lambda: self._events,
             self._serialize_event,
+            self._may_append,
+            self._ready_to_append,
             self._begin_to_append,
+            self._turns,
             self._room,
+            self._calls,
             self._limits.deadline,
         )
         self._deletions: Deletions
@@ -133,11 +137,11 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
 
     @property
     def _sessions(self) -> PocketBaseDocumentCollection[Any]:
-        return cast(PocketBaseDocumentCollection[Any], self._session_collection)
+        return cast("PocketBaseDocumentCollection[Any]", self._session_collection)
 
     @property
     def _events(self) -> PocketBaseDocumentCollection[Any]:
-        return cast(PocketBaseDocumentCollection[Any], self._event_collection)
+        return cast("PocketBaseDocumentCollection[Any]", self._event_collection)
 
     @override
     async def flush(self) -> None:
@@ -216,22 +220,27 @@ class PocketBaseSessionStore(HoldsItsWrites, SessionDocumentStore):
         self._hold(self._append(session_id))
 
     async def _append(self, session_id: SessionId) -> None:
-        async def prepare() -> None:
-            for event_id in self._held_back.of(session_id):
-                await self._write_held_back(session_id, event_id)
-            if not await self._sessions.exists({"id": {"$eq": session_id}}):
-                raise ItemNotFoundError(item_id=UniqueId(session_id), message="Session not found")
-
         until: float | None = None
         while True:
             try:
                 async with self._in_turn(session_id, until=until):
-                    await self._appends.append(session_id, prepare)
+                    await self._appends.append(session_id)
                     return
             except QueueFull:  # of the turn: all that `append` meets it tells those who wait
                 until = self._appends.give_up(session_id)
                 if until is None:
                     return
+
+    def _may_append(self, session_id: SessionId) -> bool:
+        return not self._held_back.of(session_id) and bool(
+            self._sessions.exists_at_hand({"id": {"$eq": session_id}})
+        )
+
+    async def _ready_to_append(self, session_id: SessionId) -> None:
+        for event_id in self._held_back.of(session_id):
+            await self._write_held_back(session_id, event_id)
+        if not await self._sessions.exists({"id": {"$eq": session_id}}):
+            raise ItemNotFoundError(item_id=UniqueId(session_id), message="Session not found")
 
     @_of_session
     async def update_event(self, session_id: SessionId, event_id: EventId, params: EventUpdateParams) -> Event:

@@ -78,7 +78,7 @@ class PocketBaseContextVariableStore(HoldsItsWrites, ContextVariableDocumentStor
         What was changed about it since, its description say, stays changed. Tags that it lacks are added.
         """
         checksum = md5_checksum(f"{name}{description}{tool_id}{freshness_rules}{tags}")
-        async with self._turn(("definitions",)):
+        async with self._turns.of(("definitions",)):
             ids = IdGenerator()  # a new one begins with the first id of this definition
             while True:
                 id_ = ContextVariableId(ids.generate(checksum))

@@ -1,18 +1,21 @@
 """Group commit: what is queued while a commit is under way becomes the next one.
 
 No timers: a lone write is sent at once, a hundred writers share a commit, and how many share one follows from
-how long the one before takes. One commit is in flight at a time, so the writes of a log are applied in the
-order in which they were submitted.
+how long the one before takes. The writes of a log are applied in the order in which they were submitted, as one
+commit is in flight at a time. Where PocketBase does better with two, one of them may hold what stands apart: who
+submits such a write sees to it himself that nothing which must come before it, or after it, is undecided.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
+from operator import attrgetter
 from typing import Final, Protocol
 
 from pb_cached.config import WriteSettings
@@ -21,7 +24,6 @@ from pb_cached.errors import (
     NotCommitted,
     OutcomeUnknown,
     PBCachedError,
-    QueueFull,
     RecordNotFound,
     UniqueViolation,
 )
@@ -30,7 +32,9 @@ from pb_cached.pocketbase.commit import CommitPath, Operation, Refused, Reply, T
 from pb_cached.pocketbase.commit.interface import left
 from pb_cached.telemetry import Log
 from pb_cached.writes.pace import Pace
+from pb_cached.writes.room import Room
 from pb_cached.writes.stats import WriteCounters
+from pb_cached.writes.telling import Outcome, Telling
 
 TRIM_EVERY: Final = 1000
 """Commits between two trims of the log."""
@@ -38,8 +42,6 @@ LOOK_EVERY: Final = 16
 """A log's bytes are looked at each time that this part of those that it may hold has been added."""
 GIVE_WAY: Final = 4.0
 """Times as long as a step of trimming took is left to commits before the next one."""
-
-Outcome = asyncio.Future[list[Reply]]
 
 
 class Follower(Protocol):
@@ -66,14 +68,15 @@ class _Write:
     """Operations that succeed or fail together, and whom to tell: whoever was cancelled is told nothing, and the
     write goes on."""
 
-    __slots__ = ("decided", "failed", "operations", "outcome", "size", "submitted")
+    __slots__ = ("apart", "decided", "failed", "operations", "outcome", "size", "submitted")
 
-    def __init__(self, operations: Sequence[Operation]) -> None:
+    def __init__(self, operations: Sequence[Operation], apart: bool) -> None:
         self.operations = operations
+        self.apart = apart
         self.outcome: Outcome = asyncio.get_running_loop().create_future()
         self.decided = self.failed = False
         self.submitted = time.monotonic()
-        self.size = sum([operation.size for operation in operations])
+        self.size = sum(map(_size, operations))
 
     def fits(self, other: _Write) -> bool:
         """Are the operations of both of one layout?"""
@@ -81,14 +84,14 @@ class _Write:
 
 
 class Committer:
-    """The queue of one log, and the one task that empties it.
+    """The queue of one log, and the tasks that empty it: as many as commits may be in flight.
 
-    Mutable state: `_queue` (not yet sent), `_current` (in the commit under way), `_task` (runs exactly while there
-    is something to do), `_records` and `_bytes` (of all that is undecided), `_waiting` (callers for whom there is
-    no room, in their order), `_watching` (who waits for the next commit to be decided), `_pace` (how many records
-    it may hold), `_trimming` (the task that trims the log, the last one), `_trimmed_at` (after how many commits it
-    began) and `_looked_at` (after how many bytes those of the log were looked at), `_closed` and `_closing`,
-    `_followers`. All of it is changed between awaits only.
+    Mutable state: `_queue` (not yet sent), `_under_way` (the commits that are), `_tasks` (run exactly while there
+    is something for them to do), `_room` (for all that is undecided), `_watching` (who waits for the next commit
+    to be decided), `_telling` (who is to be told of the last ones), `_pace` (how many records one may hold) and
+    `_ended` (when the last one did), `_trimming` (the task that trims the log, the last one), `_trimmed_at` (after
+    how many commits it began) and `_looked_at` (after how many bytes those of the log were looked at), `_closed`
+    and `_closing`, `_followers`. All of it is changed between awaits only.
     """
 
     def __init__(self, path: CommitPath, settings: WriteSettings, log: Log) -> None:
@@ -96,13 +99,13 @@ class Committer:
         self._settings = settings
         self._log = log
         self._queue: deque[_Write] = deque()
-        self._current: list[_Write] = []
-        self._task: asyncio.Task[None] | None = None
-        self._records = self._bytes = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._under_way: list[list[_Write]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = Room(settings)
         self._watching: list[asyncio.Future[None]] = []
         self._trimming: asyncio.Task[None] | None = None
         self._pace = Pace(settings.max_commit_records, settings.max_commit_seconds)
+        self._ended = 0.0
         self._closed = False
         self._closing = asyncio.Event()
         self.counters = WriteCounters()
@@ -110,6 +113,7 @@ class Committer:
         self._looked_at: int | None = None
         self._look_every = settings.log_max_bytes // LOOK_EVERY
         self._followers: dict[str, list[Follower]] = {}
+        self._telling = Telling()
 
     def follow(self, collection: str, follower: Follower) -> None:
         """Tell this follower what becomes of all operations on the collection."""
@@ -119,10 +123,13 @@ class Committer:
         """Tell it no more."""
         self._followers[collection].remove(follower)
 
-    async def write(self, *operations: Operation) -> list[Reply]:
+    async def write(self, *operations: Operation, apart: bool = False) -> list[Reply]:
         """Commit these operations, all or none of them, and return PocketBase's replies in their order.
 
         Cancelling the caller does not take the write back: it is committed all the same.
+
+        Args:
+            apart: nothing that must come before them, or after them, is undecided.
 
         Raises:
             RequestRejected: or a subclass: PocketBase refused one of the operations.
@@ -130,66 +137,42 @@ class Committer:
             QueueFull: there was no room until the deadline.
             NotCommitted: the committer was closed.
         """
-        await self.room()
-        return await self.submit(*operations)
+        write = _Write(operations, apart)
+        if self._room.is_full:
+            until = time.monotonic() + self._settings.deadline
+            await self._room.wait_and_enter(write.size, until, len(operations))
+        else:
+            self._room.enter(write.size, len(operations))
+        return await self._queued(write)
 
-    def submit(self, *operations: Operation) -> Outcome:
+    def submit(self, *operations: Operation, apart: bool = False) -> Outcome:
         """`write` without waiting: neither for the outcome, nor for room in the queue.
 
         Raises:
             NotCommitted: the committer was closed.
         """
-        if self._closed:
-            raise NotCommitted("the database is closed; nothing was written")
-        write = _Write(operations)
-        self._queue.append(write)
-        self._records += len(operations)
-        self._bytes += write.size
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
-        return write.outcome
+        write = _Write(operations, apart)
+        self._room.enter(write.size, len(operations))
+        return self._queued(write)
 
     @property
-    def _is_full(self) -> bool:
-        """One write always has room, however large it is."""
-        return self._records >= self._settings.max_queued_records or self._bytes >= self._settings.max_queued_bytes
+    def is_full(self) -> bool:
+        """Must a write wait for room?"""
+        return self._room.is_full
 
-    async def room(self) -> None:
-        """Wait until there is room in the queue: callers get it in the order in which they came.
-
-        Raises:
-            QueueFull: there was none until the deadline.
-        """
-        if not (self._waiting or self._is_full):
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            async with asyncio.timeout(self._settings.deadline):
-                await turn
-        except TimeoutError:
-            raise QueueFull(
-                f"{self._records} records and {self._bytes:,} bytes are waiting to be committed, and there was no "
-                f"room for {self._settings.deadline:g} s (max_queued_records, max_queued_bytes under [writes]); "
-                "nothing was written"
-            ) from None
-        finally:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            self._admit()
-
-    def _admit(self) -> None:
-        """Let in the next one who waits, if there is room, or if there is nothing left to wait for."""
-        if self._waiting and (self._closed or not self._is_full):
-            turn = self._waiting.popleft()
-            if turn.done():
-                self._admit()
-            else:
-                turn.set_result(None)
+    def _queued(self, write: _Write) -> Outcome:
+        """Who has entered the room is queued."""
+        if self._closed:
+            self._room.leave(write.size, len(write.operations))
+            raise NotCommitted("the database is closed; nothing was written")
+        self._queue.append(write)
+        if len(self._tasks) < (self.path.in_flight if write.apart else 1):
+            self._tasks.add(asyncio.create_task(self._run()))
+        return write.outcome
 
     def _succeed(self, write: _Write, replies: list[Reply]) -> None:
         self._leave(write)
-        succeed(write.outcome, replies)
+        self._telling.add(write.outcome, replies)
 
     def _fail(self, write: _Write, error: Exception) -> None:
         if write.decided:
@@ -200,19 +183,16 @@ class Committer:
 
     def _leave(self, write: _Write) -> None:
         write.decided = True
-        self._records -= len(write.operations)
-        self._bytes -= write.size
-        if self._waiting:
-            self._admit()
+        self._room.leave(write.size, len(write.operations))
 
     @property
     def queued_bytes(self) -> int:
         """Of all writes that are not decided."""
-        return self._bytes
+        return self._room.bytes
 
     async def flush(self) -> None:
         """Return when every write submitted so far is decided, one way or the other."""
-        await self._all_decided([*self._current, *self._queue])
+        await self._all_decided([*self._sent(), *self._queue])
 
     async def _all_decided(self, writes: Sequence[_Write]) -> None:
         while not all(write.decided for write in writes):
@@ -229,14 +209,18 @@ class Committer:
     @property
     def undecided(self) -> int:
         """How many writes of those submitted so far are not decided."""
-        return sum(not write.decided for write in (*self._current, *self._queue))
+        return sum(not write.decided for write in (*self._sent(), *self._queue))
+
+    def _sent(self) -> Iterator[_Write]:
+        """The writes of the commits that are under way."""
+        return itertools.chain.from_iterable(self._under_way)
 
     async def settled(self, collection: str) -> None:
-        """Return when the commit under way, if it touches this collection, is decided."""
+        """Return when the commits under way, those that touch this collection, are decided."""
         await self._all_decided(
             [
                 write
-                for write in self._current
+                for write in self._sent()
                 if any(operation.collection == collection for operation in write.operations)
             ]
         )
@@ -252,19 +236,19 @@ class Committer:
         """
         self._closed = True
         self._closing.set()
-        self._admit()
-        tasks = [task for task in (self._task, self._trimming) if task is not None and not task.done()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=self._settings.close_timeout if within is None else within)
+        self._room.close()
+        if busy := [*self._tasks, *([self._trimming] if self._trimming is not None else [])]:
+            await asyncio.wait(busy, timeout=self._settings.close_timeout if within is None else within)
         if self._trimming is not None:
             self._trimming.cancel()
             await asyncio.wait([self._trimming])
-        if self._task is None or self._task.done():
+        if not (tasks := {task for task in self._tasks if not task.done()}):
             return
-        unsent, sent = list(self._queue), list(self._current)
+        unsent, sent = list(self._queue), list(self._sent())
         self._queue.clear()
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         error = NotCommitted(
             f"closing took longer than {self._settings.close_timeout:g} s: {len(unsent)} writes were never sent "
             f"({_summary(unsent)}), and of {len(sent)} it is unknown whether they were applied ({_summary(sent)})"
@@ -321,15 +305,27 @@ class Committer:
         # Everything that the tasks ready now submit shares the first commit.
         await asyncio.sleep(0)
         try:
-            while self._queue:
-                self._current = self._next()
-                await self._commit(self._current, time.monotonic() + self._settings.deadline)
-                self._current = []
+            while writes := self._next():
+                self._under_way.append(writes)
+                try:
+                    await self._commit(writes, time.monotonic() + self._settings.deadline)
+                except Exception as error:  # a bug of ours must not leave callers waiting for ever
+                    self._log.error("commit failed unexpectedly", error=repr(error))
+                    for write in writes:
+                        self._fail(write, error)
+                finally:
+                    self._under_way.remove(writes)
                 self._report()
                 if self._is_trim_due:
                     self.trim_in_background()
+                if self._under_way:  # PocketBase is at work anyway
+                    self._telling.all()
+                else:
+                    await self._telling.by_halves(lambda: bool(self._queue))
         finally:
-            self._task = None
+            self._telling.all()
+            if (task := asyncio.current_task()) is not None:
+                self._tasks.discard(task)
 
     @property
     def _most_bytes(self) -> int:
@@ -348,12 +344,16 @@ class Committer:
         return min(most, len(operations))
 
     def _next(self) -> list[_Write]:
-        """The writes at the head of the queue that fit into one commit; at least one."""
+        """The writes at the head of the queue that fit into one commit. At least one, where there is any that may
+        be committed now."""
         most, most_bytes = min(self._pace.records, self.path.max_operations), self._most_bytes
         taken: list[_Write] = []
         count = size = 0
+        is_one_in_order = not all(write.apart for write in self._sent())
         while self._queue:
             write = self._queue[0]
+            if not write.apart and is_one_in_order:
+                break
             count += len(write.operations)
             size += write.size
             if taken and (count > most or size > most_bytes or not (self.path.mixes or write.fits(taken[0]))):
@@ -387,15 +387,18 @@ class Committer:
         beaten: dict[_Write, tuple[Operation, UniqueViolation]] = {}
         while writes:
             operations = [operation for write in writes for operation in write.operations]
-            begun, retries = time.monotonic(), self.path.retries
+            begun, repeated = time.monotonic(), self.path.retries
+            self._telling.soon()
             try:
                 replies = await self.path.commit(operations, deadline=left(end))
                 now = time.monotonic()
                 size = sum(write.size for write in writes)
                 waited = now - min(write.submitted for write in writes)
                 self.counters.committed(len(writes), len(operations), size, now - begun, waited)
-                if self.path.retries == retries:  # else it was not the records that took the time
-                    self._pace.took(len(operations), now - begun)
+                if self.path.retries == repeated:  # else it was not the records that took the time
+                    alone_since = max(begun, self._ended)  # PocketBase applies them one after the other
+                    self._pace.took(len(operations), now - alone_since)
+                self._ended = now
                 self._tell_committed(operations, replies)
             except Refused as refusal:
                 for index, error in refusal.errors.items():
@@ -435,18 +438,26 @@ class Committer:
                 for write in writes:
                     self._fail(write, error)
             else:
+                is_read = not any(map(_is_unread, replies))
                 remaining = iter(replies)
                 for write in writes:
-                    self._succeed(write, [next(remaining) for _ in write.operations])
+                    some = [next(remaining) for _ in write.operations]
+                    if is_read or not any(map(_is_unread, some)):
+                        self._succeed(write, some)
+                    else:
+                        self._fail(write, _unread(write))
             finally:
-                self.counters.retries += self.path.retries - retries
+                self.counters.retries = self.path.retries
             break
         return beaten
 
     def _tell_committed(self, operations: Sequence[Operation], replies: Sequence[Reply]) -> None:
         for operation, reply in zip(operations, replies, strict=True):
             for follower in self._followers.get(operation.collection, ()):
-                follower.committed(operation, reply)
+                if reply.is_unread:
+                    follower.uncertain(operation)
+                else:
+                    follower.committed(operation, reply)
 
     def _tell_refused(self, operation: Operation, error: PBCachedError) -> None:
         for follower in self._followers.get(operation.collection, ()):
@@ -459,6 +470,16 @@ class Committer:
         for operation in operations:
             for follower in self._followers.get(operation.collection, ()):
                 follower.uncertain(operation)
+
+
+_size: Final = attrgetter("size")
+_is_unread: Final = attrgetter("is_unread")
+
+
+def _unread(write: _Write) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"write to {_summary([write])}: it was committed, but what PocketBase made of it could not be read"
+    )
 
 
 def _owner(writes: Sequence[_Write], index: int) -> _Write:

@@ -22,7 +22,7 @@ def left(end: float) -> float:
     return max(0.1, end - time.monotonic())
 
 
-class Operation(Struct, frozen=True):
+class Operation(Struct, frozen=True, gc=False):
     """One record to create, update or delete. Everything in it is encoded already."""
 
     method: Literal["POST", "PATCH", "DELETE"]
@@ -36,6 +36,8 @@ class Operation(Struct, frozen=True):
     """JSON of the document that the record is to hold; empty for a deletion."""
     layout: str = ""
     """The order of the columns in the body, where that has one."""
+    is_open: bool = False
+    """PocketBase is to number it, so nobody knows the document before it is read."""
 
     @property
     def path(self) -> str:
@@ -51,11 +53,13 @@ class Operation(Struct, frozen=True):
         return f"{VERBS[self.method]} in '{self.collection}'"
 
 
-class Reply(Struct, frozen=True):
+class Reply(Struct, frozen=True, gc=False):
     """What became of the record."""
 
     record: bytes | None = None
     """PocketBase's JSON of it; empty where there is none any more; None where it is as the operation says."""
+    is_unread: bool = False
+    """It was written, and what PocketBase has made of it could not be read."""
 
 
 Refusal = RequestRejected | SchemaError
@@ -116,6 +120,11 @@ class CommitPath(Protocol):
     @property
     def mixes(self) -> bool:
         """May the operations of a commit be of several layouts?"""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Commits that may be under way at the same time."""
         ...
 
     @property

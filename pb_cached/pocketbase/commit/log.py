@@ -57,8 +57,12 @@ from pb_cached.pocketbase.dialect import Dialect, batch_opened_again, batch_requ
 from pb_cached.pocketbase.ids import first_id_at, new_id
 from pb_cached.pocketbase.sql import Sql
 
-_FIELDS: Final = "?fields=id,stale"
+_COMMIT: Final = "?commit"
+"""Says nothing to PocketBase, and tells commits from beats in its log of requests."""
+_FIELDS: Final = "&fields=id,stale"
 """All that we want to see of what we have sent. A log without the last of them has no triggers yet."""
+_LARGE: Final = 16_384
+"""Bytes of a request. What is smaller may come back as a whole: to pick fields takes PocketBase longer."""
 _LOOKS: Final = (0.02, 0.1)
 """Seconds between attempts to look at what a refused commit touches, where PocketBase answers with an error."""
 _SHARE_OF_LOOKS: Final = 0.25
@@ -90,6 +94,10 @@ class _Rows(Struct):
     items: list[_Row]
 
 
+class _Records(Struct):
+    items: list[msgspec.Raw]
+
+
 class _Result(Struct):
     body: _Created
 
@@ -98,6 +106,10 @@ _created: Final = msgspec.json.Decoder(_Created)
 _fields: Final = msgspec.json.Decoder(_Fields)
 _results: Final = msgspec.json.Decoder(list[_Result])
 _rows: Final = msgspec.json.Decoder(_Rows)
+_records: Final = msgspec.json.Decoder(_Records)
+_AS_SAID: Final = Reply()
+_DELETED: Final = Reply(b"")
+_UNREAD: Final = Reply(is_unread=True)
 
 
 class LogPath(CountsRetries):
@@ -108,6 +120,8 @@ class LogPath(CountsRetries):
     """
 
     name: Final = "log"
+    in_flight: Final = 1
+    """Two are slower (facts: pocketbase, section 13)."""
     max_operations: Final = 5000
     max_bytes: Final = 24 * 1024 * 1024
     """PocketBase takes 32 MiB. The payload is JSON within JSON, whose quotation marks take two bytes."""
@@ -119,6 +133,7 @@ class LogPath(CountsRetries):
         self._dialect = dialect
         self._log = log
         self.receipts = Receipts(client, log, server)
+        self.lanes = (self.receipts,)
         self._installation = installation
         super().__init__()
         self._layouts: dict[str, CommitLayout] = {}
@@ -162,7 +177,7 @@ class LogPath(CountsRetries):
         while True:
             answer = await self._attempt(operations, end)
             if answer is None:
-                return [Reply(b"" if operation.method == "DELETE" else None) for operation in operations]
+                return await self._replies(operations, end)
             unseen: Exception | None = None
             try:
                 async with asyncio.timeout(_for_looks(end)):
@@ -190,12 +205,33 @@ class LogPath(CountsRetries):
             async for _ in trimming.empty(sql, self._log, most_bytes):
                 yield
 
+    async def _replies(self, operations: Sequence[Operation], end: float) -> list[Reply]:
+        """What became of the records of a commit: what the operations say; and where PocketBase has numbered
+        them, what it has made of them, or has of them now, which is at least as new."""
+        open_ = [operation for operation in operations if operation.is_open]
+        read: dict[str, Reply] = {}
+        if open_:
+            read = {operation.record_id: _DELETED for operation in open_}
+            try:
+                async with asyncio.timeout(left(end)):
+                    for collection in dict.fromkeys(operation.collection for operation in open_):
+                        ids = [operation.record_id for operation in open_ if operation.collection == collection]
+                        for content in await multi_gets(self._client, collection, ids):
+                            for record in _records.decode(content).items:
+                                read[_created.decode(record).id] = Reply(bytes(record))
+            except (PBCachedError, TimeoutError):
+                read = {operation.record_id: _UNREAD for operation in open_}
+        return [
+            read.get(operation.record_id) or (_DELETED if operation.method == "DELETE" else _AS_SAID)
+            for operation in operations
+        ]
+
     async def _attempt(self, operations: Sequence[Operation], end: float) -> Answer | None:
         """Send the commit, until it is known whether it was applied. None where it was; else the refusal."""
         receipt = new_id()
         entries = self._entries(receipt, operations)
         last = self.receipts.next + len(entries) - 1
-        path, body = f"{self.receipts.path}{_FIELDS}", entries[0]
+        path, body = self._path(entries[0]), entries[0]
         if len(entries) > 1:
             path, body = "/api/batch", b'{"requests":[' + b",".join(map(self._request, entries)) + b"]}"
         try:
@@ -272,7 +308,10 @@ class LogPath(CountsRetries):
         ]
 
     def _request(self, entry: bytes) -> bytes:
-        return f'{{"method":"POST","url":"{self.receipts.path}{_FIELDS}","body":'.encode() + entry + b"}"
+        return f'{{"method":"POST","url":"{self._path(entry)}","body":'.encode() + entry + b"}"
+
+    def _path(self, entry: bytes) -> str:
+        return f"{self.receipts.path}{_COMMIT}{_FIELDS if len(entry) > _LARGE else ''}"
 
     # refusals
 

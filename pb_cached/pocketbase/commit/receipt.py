@@ -16,8 +16,13 @@ class _Entry(Struct):
     n: int = 0
 
 
+def lane_of(server: str, number: int) -> str:
+    """How a server signs the commits of one of its lanes. To who follows, each lane is a server of its own."""
+    return f"{server}-{number}" if number else server
+
+
 class Receipts:
-    """The receipts of one server's commits to one log, one commit at a time.
+    """The receipts of a server's commits to one log by one of its lanes, one commit at a time.
 
     `n` numbers them without gaps: 1, 2, 3 and so on. Mutable state: `_taken`, the last `n` that is taken, or may
     be, and `_unknown`, those of them of which nobody knows; `acknowledged`, the last receipt that PocketBase had,
@@ -27,7 +32,7 @@ class Receipts:
 
     def __init__(self, client: PocketBaseClient, log: str, server: str) -> None:
         self._client = client
-        self._server = server
+        self.server = server
         self._taken = 0
         self._unknown: set[int] = set()
         self.acknowledged: tuple[str, float] | None = None
@@ -61,11 +66,15 @@ class Receipts:
         if receipt:
             self.acknowledged = receipt, time.monotonic()
 
+    def over(self) -> None:
+        """No commit is under way."""
+        self._sent_after = None
+
     def entry(self, receipt: str, n: int, content: dict[str, str] | None = None) -> bytes:
         """The JSON of a commit's record in the log, which is about to be sent."""
         if n == self.next:
             self._sent_after = self.heard
-        return msgspec.json.encode({"id": receipt, "server": self._server, "n": n, **(content or {})})
+        return msgspec.json.encode({"id": receipt, "server": self.server, "n": n, **(content or {})})
 
     async def settled(self, receipt: str, in_doubt: bool, end: float) -> bool:
         """Was the commit applied? Where the answer is no, it cannot be applied later either.

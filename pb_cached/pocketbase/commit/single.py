@@ -17,6 +17,7 @@ class SinglePath(CountsRetries):
 
     name: Final = "single"
     mixes: Final = True
+    in_flight: Final = 1
     max_operations: Final = 1
     max_bytes: Final = 30 * 1024 * 1024
 

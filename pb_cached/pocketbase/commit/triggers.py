@@ -70,6 +70,9 @@ class Slot(Struct, frozen=True):
     column: str
     default: str
     """An SQL literal."""
+    within: tuple[str, ...] | None = None
+    """A column that numbers the records which have the same values in these columns. A commit may leave the number
+    open, and say but how far it is behind the highest one: by a text."""
 
 
 class Trigger(Struct, frozen=True):
@@ -91,8 +94,8 @@ class Trigger(Struct, frozen=True):
 class CommitLayout(Struct, frozen=True):
     """A collection, and the order in which a commit's operations have its columns.
 
-    An insert is `[id, column, ...]`, an update `[id, rev, column, ...]` with null for what it does not name, a
-    deletion `[id, rev]`.
+    An insert is `[id, column, ...]` (see `Slot.within`), an update `[id, rev, column, ...]` with null for what it
+    does not name, a deletion `[id, rev]`.
     """
 
     log: str
@@ -117,14 +120,10 @@ class CommitLayout(Struct, frozen=True):
     @property
     def _body(self) -> str:
         c, log = self.collection, self.log
-        values = [
-            "value->>0",
-            *(f"ifnull(value->>{n},{slot.default})" for n, slot in enumerate(self.slots, 1)),
-            "1",
-            _NOW,
-        ]
+        values = ["_v->>0", *map(self._inserted_value, self.slots), "1", _NOW]
         changes = [f"`{slot.column}`=ifnull(_v->>{n},`{slot.column}`)" for n, slot in enumerate(self.slots, 2)]
         stale = _refusal(log, STALE, "changes()<>")
+        # The columns of json_each have names that fields have too; none of ours begins as `_v` does.
         return (
             # Inserting it is refused too, but after what it applies: this says why.
             f"{_refusal(log, 'id', f'EXISTS (SELECT 1 FROM `{log}` WHERE id=NEW.id)')};\n"
@@ -135,13 +134,22 @@ class CommitLayout(Struct, frozen=True):
             f"(SELECT value->>0,value->>1 FROM jsonb_each(jsonb(NEW.payload),'$.d'));\n"
             f"{stale}ifnull(json_array_length(NEW.payload,'$.d'),0);\n"
             f"UPDATE `{c}` SET {','.join(changes)},rev=rev+1,updated={_NOW} "
-            # The columns of json_each have names that fields have too; none of ours begins so.
             f"FROM (SELECT value _v FROM jsonb_each(jsonb(NEW.payload),'$.u')) WHERE id=_v->>0 AND rev=_v->>1;\n"
             f"{stale}ifnull(json_array_length(NEW.payload,'$.u'),0);\n"
             f"INSERT INTO `{c}`({','.join(f'`{name}`' for name in self._inserted)}) SELECT {','.join(values)} "
-            f"FROM jsonb_each(jsonb(NEW.payload),'$.c');\n"
+            f"FROM (SELECT value _v FROM jsonb_each(jsonb(NEW.payload),'$.c'));\n"
             f"UPDATE {LOGS} SET applying=0 WHERE log='{log}';\n"
         )
+
+    def _inserted_value(self, slot: Slot) -> str:
+        at = {slot.column: f"_v->>{n}" for n, slot in enumerate(self.slots, 1)}
+        said = {slot.column: f"ifnull({at[slot.column]},{slot.default})" for slot in self.slots}
+        if slot.within is None:
+            return said[slot.column]
+        value = at[slot.column]
+        same = " AND ".join(f"`{column}`={said[column]}" for column in slot.within) or "1"
+        highest = f"SELECT ifnull(max(`{slot.column}`),-1) FROM `{self.collection}` WHERE {same}"
+        return f"CASE typeof({value}) WHEN 'text' THEN ({highest})+({value}) ELSE {said[slot.column]} END"
 
     @property
     def trigger(self) -> Trigger:

@@ -99,6 +99,8 @@ def _named(operation: Operation, layout: CommitLayout) -> Values:
         return {
             slot.column: _DEFAULTS.get(slot.default) if value is None else value
             for slot, value in zip(layout.slots, body[1:], strict=True)
+            # What PocketBase numbers clashes with nothing.
+            if slot.within is None or not isinstance(value, str)
         }
     return {slot.column: value for slot, value in zip(layout.slots, body[2:], strict=False) if value is not None}
 
