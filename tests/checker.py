@@ -36,7 +36,8 @@ POCKETBASE: Final = "PocketBase"
 NEVER: Final = 1e18
 """When a write ends of which it is unknown whether it was applied, or will be yet."""
 ANYWHERE: Final = "?"
-"""The key of a write of which nobody knows where it went: wherever its value is seen."""
+"""The key of a write of which nobody knows where it went: wherever its value is seen. What it wrote beside
+that has keys such as `?.title`: the title of what shows the value."""
 
 Value = str | None
 
@@ -58,6 +59,13 @@ class Op(Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.process}'s {self.kind} at {self.begin:.3f} to {self.end:.3f}"
+
+
+def _placed(written: Mapping[str, Value], seen: Mapping[str, Value]) -> dict[str, Value]:
+    """What a write wrote that went anywhere, by where its value was seen."""
+    found = {key: value for key, value in seen.items() if not key.startswith(ANYWHERE)}
+    beside = {key.removeprefix(ANYWHERE): value for key, value in written.items() if key != ANYWHERE}
+    return found | {key.rpartition(".")[0] + field: value for key in found for field, value in beside.items()}
 
 
 class _Version(Struct, frozen=True):
@@ -101,9 +109,7 @@ class _Checker:
             for key, value in op.values.items():
                 places[value][key] = value
         self.writes = [
-            msgspec.structs.replace(
-                op, values={k: v for k, v in places[op.values[ANYWHERE]].items() if k != ANYWHERE}
-            )
+            msgspec.structs.replace(op, values=_placed(op.values, places[op.values[ANYWHERE]]))
             if ANYWHERE in op.values
             else op
             for op in history

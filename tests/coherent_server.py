@@ -179,18 +179,19 @@ class Historian:
         work: Awaitable[Any],
         values: dict[str, Value] | Callable[[Any], dict[str, Value]],
         value: Value = None,
+        beside: dict[str, Value] | None = None,
     ) -> Any:
-        """Note a write of this value. Where it goes may depend on what it returns."""
+        """Note a write of this value. Where it goes, and what it writes beside, may depend on what it returns."""
         begin, done, end = now(), None, NEVER
         number = next(self._writes)
-        unknown = {ANYWHERE: value} if callable(values) else values
+        unknown = {ANYWHERE: value} | (beside or {}) if callable(values) else values
         self._diary.note(number, Op(self.name, "write", begin, end, unknown))
         try:
             done = await work
             end = now()
         except (OutcomeUnknown, PocketBaseUnavailable):
             if callable(values):  # nobody knows where it is, if it is
-                values = {ANYWHERE: value}
+                values = unknown
         except (PBCachedError, ItemNotFoundError, AssertionError):  # Parlant asserts that what it found stays
             self.refused += 1
             self._diary.note(number, None)
@@ -224,7 +225,13 @@ class Historian:
         value = self.value()
         made = self.store.create_session(self.customer, AgentId(value), title=value, metadata={"note": value})
         return cast(
-            Session | None, await self.write(made, lambda session: begun(session.id, self.customer, value), value)
+            Session | None,
+            await self.write(
+                made,
+                lambda session: begun(session.id, self.customer, value),
+                value,
+                begun(ANYWHERE, self.customer, value),
+            ),
         )
 
 

@@ -64,6 +64,10 @@ RIGHT = {
         Op("p", "write", 0, NEVER, {ANYWHERE: "a"}),
         listed("q", 1, "a"),
     ],
+    "a session of which nobody knows what became, which is seen with all that it began with": [
+        Op("p", "write", 0, NEVER, {ANYWHERE: "a", "?.title": "a", "?.customer": "ida"}),
+        Op("q", "read", 5, 5.1, {"s.title": "a", "s.customer": "ida"}),
+    ],
     "what was removed is not missed, and its number is free again": [
         appended("p", 0, 0, "a"),
         appended("p", 1, 1, "b"),
@@ -127,6 +131,11 @@ PLANTED = {
          read("q", 3, title="a", note="b")],
     ),
     "what nobody wrote": ("2", [read("p", 0, title="a")]),
+    "what nobody wrote beside what went anywhere": (
+        "2",
+        [Op("p", "write", 0, NEVER, {ANYWHERE: "a", "?.title": "a", "?.customer": "ida"}),
+         Op("q", "read", 5, 5.1, {"s.title": "a", "s.customer": "tom"})],
+    ),
     "what is written later": ("2", [read("p", 0, title="a"), wrote("p", 1, 2, title="a")]),
     "a step back": (
         "3",
