@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Final, Literal
 
@@ -27,7 +27,7 @@ from parlant.core.tags import TagId
 from pb_cached import Config, PocketBaseDocumentDatabase, PocketBaseServer, open_stores
 from pb_cached.config import CoherenceSettings, PocketBaseSettings, StoreSettings
 from pb_cached.errors import OutcomeUnknown, RecordNotFound, UniqueViolation
-from pb_cached.stores import Stores
+from pb_cached.stores import Stores, appends
 from tests import appender
 from tests.appender import Appender
 from tests.audit import require_whole_commits
@@ -358,8 +358,16 @@ async def test_of_servers_that_write_to_one_hot_session_none_stands_still(open_s
 # --- offsets that PocketBase gives -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def long_contention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is."""
+    monkeypatch.setattr(appends, "CONTENDED_SECONDS", 600.0)
+
+
 @pytest_asyncio.fixture
-async def contended(open_server: OpenServer) -> AsyncIterator[tuple[Stores, Stores, Session]]:
+async def contended(
+    open_server: OpenServer, long_contention: None
+) -> AsyncIterator[tuple[Stores, Stores, Session]]:
     """Two servers, and a session that the first one knows to be written to by the other one too."""
     async with open_server() as believer, open_server(REALTIME) as other:
         session = await begin(believer)
@@ -383,6 +391,29 @@ async def test_who_was_too_late_leaves_the_numbers_to_pocketbase_and_is_not_too_
         events = await server.session_store.list_events(session.id)
         assert [event.offset for event in events] == list(range(23))
     assert await say(believer, session) == 23
+
+
+async def test_a_session_that_others_leave_alone_is_numbered_here_again(
+    contended: tuple[Stores, Stores, Session], proxy: FaultProxy, prefix: str
+) -> None:
+    believer, other, session = contended
+
+    async def reads_of(saying: Awaitable[int]) -> int:
+        before = proxy.count("GET", f"/api/collections/{prefix}_sessions_events/records?filter=id")
+        await saying
+        return proxy.count("GET", f"/api/collections/{prefix}_sessions_events/records?filter=id") - before
+
+    contention = believer.session_store._appends._contended
+    until = contention[session.id].until
+    assert await reads_of(say(believer, session)) == 1, "its number"
+    assert contention[session.id].until == until, "nobody else has written since"
+    await say(other, session)
+    assert await reads_of(say(believer, session)) == 1
+    assert contention[session.id].until > until
+    contention[session.id].until = 0.0  # that much time has passed
+    await offsets(believer, session)
+    assert await reads_of(say(believer, session)) == 0
+    assert await offsets(believer, session) == list(range(7))
 
 
 async def test_events_that_pocketbase_has_numbered_are_shown_by_those_who_follow(
@@ -423,7 +454,7 @@ async def test_an_event_that_is_deleted_before_its_number_is_known_is_said_to_be
 
 
 async def test_a_number_that_cannot_be_read_leaves_the_outcome_unknown_and_the_event_there(
-    open_server: OpenServer, proxy: FaultProxy, prefix: str
+    open_server: OpenServer, proxy: FaultProxy, prefix: str, long_contention: None
 ) -> None:
     impatient = PocketBaseSettings(retry_for=0.5)
     async with open_server(pocketbase=impatient) as believer, open_server(OFF) as other:
