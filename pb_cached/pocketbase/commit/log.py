@@ -172,7 +172,12 @@ class LogPath(CountsRetries):
         return await self._installation.repair()
 
     async def commit(self, operations: Sequence[Operation], *, deadline: float) -> list[Reply]:
-        end = time.monotonic() + deadline
+        try:
+            return await self._commit(operations, time.monotonic() + deadline)
+        finally:
+            self.receipts.over()
+
+    async def _commit(self, operations: Sequence[Operation], end: float) -> list[Reply]:
         repaired = False
         while True:
             answer = await self._attempt(operations, end)
