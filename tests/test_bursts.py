@@ -30,6 +30,8 @@ from tests.conftest import EXCLUSIVE
 from tests.faults import EVERY, Exchange, FaultProxy, Gate, at_most
 from tests.test_contention import begin, offsets, prefixes, say
 
+pytestmark = pytest.mark.slow  # each opens stores of its own
+
 TOO_LARGE = b'{"data":{},"message":"too large","status":413}'
 
 OpenServer = Callable[..., AbstractAsyncContextManager[Stores]]

@@ -40,6 +40,8 @@ from tests.coherent_server import (
 from tests.faults import EVERY, FaultProxy, cut_at_piece, scrambled
 from tests.test_client import PASSWORD, Account
 
+pytestmark = pytest.mark.slow
+
 SECONDS: Final = 2.5
 """Of work."""
 FIELDS: Final = ("customer_id", "agent_id", "consumption_offsets")

@@ -34,6 +34,8 @@ from tests.audit import require_whole_commits
 from tests.conftest import EXCLUSIVE
 from tests.faults import EVERY, FaultProxy, Gate, Valve, answer
 
+pytestmark = pytest.mark.slow  # each opens stores of its own
+
 OFF: Final = CoherenceSettings(mode="off")
 REALTIME: Final = CoherenceSettings(mode="realtime")
 EVERY_READ: Final = Config(coherence=OFF)

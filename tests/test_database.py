@@ -38,6 +38,8 @@ from pb_cached.reading.order import position
 from tests.conftest import DatabaseMaker
 from tests.faults import FaultProxy, Withheld, answer
 
+pytestmark = pytest.mark.slow
+
 
 class Item(TypedDict, total=False):
     id: ObjectId

@@ -35,6 +35,8 @@ from pb_cached.pocketbase.realtime import RealtimeStream, Timing
 from tests.faults import EVERY, Buffer, Exchange, Fault, FaultProxy, Gate, Valve, Withheld, answer, delay
 from tests.test_client import PASSWORD, Account
 
+pytestmark = pytest.mark.slow
+
 MAX_STALENESS = 1.0
 HEARTBEAT = 0.2
 SOON = 20.0

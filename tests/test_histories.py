@@ -47,6 +47,8 @@ from tests.faults import (
 )
 from tests.history import Call, Effect, delete, find, insert, unexplained, update, upsert
 
+pytestmark = pytest.mark.slow
+
 COLLECTIONS = ("left", "right")
 COLUMNS = ("one", "two", "three")
 KEYS = 12

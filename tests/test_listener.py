@@ -45,6 +45,8 @@ from pb_cached.stores import listener as listening
 from tests.conftest import CACHES, EXCLUSIVE
 from tests.parlant_server import parlant_server
 
+pytestmark = pytest.mark.slow  # each opens stores of its own
+
 if TYPE_CHECKING:
     import parlant.sdk as p
     from lagom import Container

@@ -31,6 +31,8 @@ from pb_cached.errors import (
 from tests.conftest import EXCLUSIVE, DatabaseMaker
 from tests.faults import EVERY, Exchange, FaultProxy, Gate, answer, cut_after
 
+pytestmark = pytest.mark.slow
+
 DESC = SortDirection.DESC
 
 

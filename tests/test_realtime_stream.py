@@ -32,6 +32,8 @@ from tests.binaries import pocketbase_binary
 from tests.faults import EVERY, Buffer, Exchange, Fault, FaultProxy, Gate, answer, cut_at_piece, doubled, lagging
 from tests.test_client import Account
 
+pytestmark = pytest.mark.slow
+
 LOG = log_through(logging.getLogger("stream"))
 QUICK = Timing(overlap=0.3)
 NO_HTML = "in place of PocketBase's event stream"

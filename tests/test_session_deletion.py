@@ -30,6 +30,8 @@ from pb_cached.stores import Stores, deletions
 from tests.conftest import EXCLUSIVE
 from tests.faults import EVERY, Exchange, FaultProxy, Gate, cut_before
 
+pytestmark = pytest.mark.slow  # each opens stores of its own
+
 EVENTS: Final = 2 * DELETED_TOGETHER + 50
 PATIENCE: Final = 30.0
 EVERYTHING: Final[Where] = {"version": {"$ne": ""}}

@@ -49,6 +49,8 @@ from pb_cached.stores import Stores
 from tests.conftest import EXCLUSIVE, DatabaseMaker
 from tests.faults import EVERY, FaultProxy, answer
 
+pytestmark = pytest.mark.slow  # each opens stores of its own
+
 AGENT = AgentId("robin")
 VIP = TagId("vip")
 MEBIBYTE = 1024 * 1024

@@ -35,6 +35,8 @@ from tests.conftest import EXCLUSIVE
 from tests.faults import EVERY, Exchange, FaultProxy, Gate, Withheld, delay
 from tests.parlant_server import RunningServer, Talk, parlant_server, sdk
 
+pytestmark = pytest.mark.slow  # each opens stores of its own
+
 NEVER: Final = 60.0
 """An interval that does not end while a test runs."""
 PATIENCE: Final = 30.0
