@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import msgspec
 from msgspec import Struct
@@ -200,9 +200,7 @@ class RecordCodec:
         Raises:
             DocumentTooLarge: it exceeds `max_document_bytes`.
         """
-        record_id = new_id()
-        body = self._sized(self._form.insert(record_id, self._columns_of(document)), document)
-        return self._operation("POST", record_id, 0, body, document)
+        return self._insertion(self._columns_of(document), document)
 
     def may_leave_open(self, field: str) -> bool:
         """May PocketBase be left to number the documents in this field?"""
@@ -215,13 +213,16 @@ class RecordCodec:
             field: of the number, one that may be left open.
             place: from 1 on.
         """
-        record_id = new_id()
         columns = self._columns_of(document)
         columns[self.columns[field].name] = str(place)
+        return self._insertion(columns, document, is_open=True)
+
+    def _insertion(
+        self, columns: Mapping[str, Json], document: Mapping[str, Any], *, is_open: bool = False
+    ) -> Operation:
+        record_id = new_id()
         body = self._sized(self._form.insert(record_id, columns), document)
-        return Operation(
-            "POST", self.collection, record_id, body, 0, dumps(document), self._form.layout, is_open=True
-        )
+        return Operation("POST", self.collection, record_id, body, 0, dumps(document), self._form.layout, is_open)
 
     def update(
         self,
@@ -256,7 +257,7 @@ class RecordCodec:
                 return None
             columns["extra"] = text
         body = self._sized(self._form.update(record_id, rev, columns), params)
-        return self._operation("PATCH", record_id, rev, body, {**document, **params})
+        return self._change(record_id, rev, body, {**document, **params})
 
     def replacement(self, row: Row, document: Mapping[str, Json]) -> Operation:
         """The operation that makes a record hold this document and nothing else. Raises as `insert`.
@@ -266,7 +267,7 @@ class RecordCodec:
         """
         defaults = {column.name: column.kind.default for column in self._all}
         body = self._sized(self._form.update(row.id, row.rev, defaults | self._columns_of(document)), document)
-        return self._operation("PATCH", row.id, row.rev, body, document)
+        return self._change(row.id, row.rev, body, document)
 
     def deletion(self, record_id: str, rev: int) -> Operation:
         """The operation that deletes a record."""
@@ -280,10 +281,8 @@ class RecordCodec:
             layout=self._form.layout,
         )
 
-    def _operation(
-        self, method: Literal["POST", "PATCH"], record_id: str, rev: int, body: bytes, document: Mapping[str, Json]
-    ) -> Operation:
-        return Operation(method, self.collection, record_id, body, rev, dumps(document), self._form.layout)
+    def _change(self, record_id: str, rev: int, body: bytes, document: Mapping[str, Json]) -> Operation:
+        return Operation("PATCH", self.collection, record_id, body, rev, dumps(document), self._form.layout)
 
     def _columns_of(self, copy: Mapping[str, Json]) -> dict[str, Json]:
         """The columns, `extra` among them, of a whole document."""
